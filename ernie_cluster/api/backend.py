@@ -1,0 +1,46 @@
+"""What the API needs of the rest: tokens for a request, and a way to stop them.
+
+The API is handed a `Backend` and imports none; `actors/` has the real one, `tests/fakes.py` a twin without Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from ernie_cluster.request import GenerationRequest, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """Whether one served model can take requests, and what is missing if not."""
+
+    name: str
+    is_ready: bool
+    detail: str
+    """For example "waiting for a decode replica"; empty when ready."""
+
+
+class Backend(Protocol):
+    """Serves requests. One call of `generate` per request; all methods are safe to call concurrently on one loop."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[list[TokenEvent]]:
+        """Stream the answer.
+
+        Yields lists of events of this one request, indices ascending without gap or repetition. The last event bears
+        a finish reason. Closing the iterator early aborts the request everywhere.
+
+        Raises:
+            Overloaded: nothing was started; come back after `retry_after_s`.
+            DeadlineExceeded, ReplicaError: the request ended without an answer, or in the middle of one.
+        """
+        ...
+
+    async def status(self) -> list[ModelStatus]:
+        """State of every served model; answers within a second."""
+        ...
+
+    async def close(self) -> None:
+        """Abort what runs and give everything back."""
+        ...
