@@ -12,6 +12,7 @@
     │   └── Aborted             the client left, or asked us to stop
     └── ReplicaError            something of ours broke
         ├── ReplicaLost         the process that worked on the request is gone
+        ├── Evicted             a replica gave a request's blocks back and cannot compute them again itself
         ├── TransferFailed      bytes did not arrive whole, or came for a lease that is no longer valid
         └── EngineFailed        the engine stopped; the replica must be replaced
 
@@ -104,6 +105,10 @@ class ReplicaError(ErnieClusterError):
 
 class ReplicaLost(ReplicaError):
     """A process that worked on the request is gone."""
+
+
+class Evicted(ReplicaError):
+    """Out of KV blocks, a replica let go of a request that it cannot compute again itself; another one can."""
 
 
 class TransferFailed(ReplicaError):

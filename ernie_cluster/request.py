@@ -62,6 +62,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the choice depends on which tokens there are already."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaInput:
@@ -163,6 +168,14 @@ class TokenEvent:
     num_cached_tokens: int = 0
     """Prompt tokens that came from a prefix cache; valid on the last event."""
     spans: tuple[Span, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """The other way in which a request ends on an engine: with one of our errors."""
+
+    request_id: str
+    error: Exception
 
 
 def block_hashes(

@@ -1,0 +1,254 @@
+"""The loop of three verbs: schedule, run, apply. Nothing else runs the model.
+
+The lock guards pool, leases, scheduler and sequences. It is held while a step is scheduled and applied, never while
+the model runs, so leases, aborts and arriving KV need not wait for a step. A sequence that is in the running step
+keeps its blocks until the step is applied. Knows no text, no Ray and no transport.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from ernie_cluster.engine.batch import BatchBuilder
+from ernie_cluster.engine.block_pool import BlockPool
+from ernie_cluster.engine.runner import Runner
+from ernie_cluster.engine.sampler import SamplerRow
+from ernie_cluster.engine.scheduler import Schedule, Scheduler
+from ernie_cluster.engine.sequence import Sequence, Status
+from ernie_cluster.errors import DeadlineExceeded, Evicted
+from ernie_cluster.model.decoder import no_hook
+from ernie_cluster.request import RequestFailed, Span, TokenEvent
+
+Outcome = TokenEvent | RequestFailed
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the start; only ever grows."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    run_s: float = 0.0
+
+
+class PrefillHooks:
+    """What a hand-over wants to know of prompts being computed; this one wants nothing."""
+
+    def layer_hook(self, chunks: Seq[tuple[Sequence, int]]) -> Callable[[int], None]:
+        """Called before a step runs, on the engine's thread. The result is called after each layer's K, V writes."""
+        return no_hook
+
+    def prompt_done(self, sequence: Sequence) -> None:
+        """The first token is chosen; the sequence is HANDING_OVER and its blocks are pinned until `Engine.release`."""
+        raise AssertionError("no hand-over was configured")
+
+    def ended(self, sequence: Sequence) -> None:
+        """The sequence is no more; called once for each, with the lock held."""
+
+
+class Engine:
+    """Continuous batching over one replica.
+
+    Args:
+        runner: weights and KV cache.
+        pool, scheduler: made for the runner's cache.
+        builder: tensors of a step.
+        emit: takes the outcomes of each step, on the engine's thread.
+        hooks: the hand-over of prompts.
+        clock: monotonic seconds.
+        can_encode: whether embeddings of pictures can come here (again); False on decode replicas.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        builder: BatchBuilder,
+        *,
+        emit: Callable[[list[Outcome]], None],
+        hooks: PrefillHooks | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        can_encode: bool = True,
+    ) -> None:
+        self.runner, self.pool, self.scheduler, self.builder = runner, pool, scheduler, builder
+        self.emit, self.hooks, self.clock, self.can_encode = emit, hooks or PrefillHooks(), clock, can_encode
+        self.lock = threading.Condition()
+        self.counters = Counters()
+        self.sequences: dict[str, Sequence] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence in; its outcomes go to `emit`."""
+        with self.lock:
+            assert sequence.request_id not in self.sequences, f"request {sequence.request_id} is here already"
+            sequence.arrived_s = self.clock()
+            sequence.deadline_s = sequence.arrived_s + sequence.request.timeout_s
+            self.sequences[sequence.request_id] = sequence
+            self.scheduler.add(sequence)
+            self.lock.notify_all()
+
+    def abort(self, request_id: str) -> bool:
+        """End a sequence without an outcome; its blocks are free within one step. False if it is not here."""
+        with self.lock:
+            sequence = self.sequences.get(request_id)
+            if sequence is None:
+                return False
+            sequence.is_aborted = True
+            self.lock.notify_all()
+            return True
+
+    def release(self, sequence: Sequence) -> None:
+        """A hand-over ended, well or badly: forget the sequence and free its blocks."""
+        with self.lock:
+            if self.sequences.get(sequence.request_id) is sequence:
+                self._end(sequence)
+
+    def step(self) -> bool:
+        """Schedule, run, apply once; False when there was nothing to run."""
+        with self.lock:
+            outcomes = self._reap()
+            schedule = self.scheduler.schedule()
+            outcomes += self._evict(schedule)
+            if schedule.num_tokens:
+                now = self.clock()
+                for sequence in (*schedule.decodes, *(s for s, _ in schedule.chunks)):
+                    if sequence.first_scheduled_s is None:
+                        sequence.first_scheduled_s = now
+                step_input, rows = self.builder.build(schedule), self._rows(schedule)
+                hook = self.hooks.layer_hook(schedule.chunks)
+        if schedule.num_tokens:
+            start = time.perf_counter()
+            tokens = self.runner.run(step_input, rows, hook)
+            self.counters.run_s += time.perf_counter() - start
+            with self.lock:
+                outcomes += self._apply(schedule, tokens)
+        if outcomes:
+            self.emit(outcomes)
+        return schedule.num_tokens > 0
+
+    def has_work(self) -> bool:
+        """Whether a step could do anything now; call with the lock held."""
+        return any(s.is_aborted for s in self.sequences.values()) or any(
+            s.num_ready > 0 for s in (*self.scheduler.running, *self.scheduler.waiting)
+        )
+
+    def check(self) -> bool:
+        """Invariants of pool and books."""
+        with self.lock:
+            queued = [*self.scheduler.running, *self.scheduler.waiting]
+            assert len({id(s) for s in queued}) == len(queued), "a sequence is queued twice"
+            assert all(self.sequences.get(s.request_id) is s for s in queued), "a queued sequence is unknown"
+            return self.pool.check()
+
+    # ---- inside a step
+
+    def _rows(self, schedule: Schedule) -> list[SamplerRow]:
+        done = [s for s, n in schedule.chunks if n == s.num_uncomputed]
+        return [
+            SamplerRow(
+                params=s.request.sampling,
+                position=s.num_output,
+                prompt=s.tokens[: s.num_prompt] if s.request.sampling.has_penalties else (),
+                output=s.tokens[s.num_prompt :] if s.request.sampling.has_penalties else (),
+                end_tokens=(*s.request.sampling.stop_token_ids, *s.request.eos_token_ids),
+            )
+            for s in (*schedule.decodes, *done)
+        ]
+
+    def _apply(self, schedule: Schedule, tokens: list[int]) -> list[Outcome]:
+        self.counters.steps += 1
+        self.counters.prompt_tokens += schedule.num_tokens - len(schedule.decodes)
+        self.counters.generated_tokens += len(tokens)
+        new_tokens = iter(tokens)
+        outcomes: list[Outcome] = []
+        for sequence in schedule.decodes:
+            sequence.num_computed += 1
+            outcomes += self._advance(sequence, next(new_tokens))
+        for sequence, count in schedule.chunks:
+            is_last = count == sequence.num_uncomputed
+            sequence.num_computed += count
+            self.scheduler.publish(sequence)
+            if is_last:
+                sequence.prefill_done_s = sequence.prefill_done_s or self.clock()
+                outcomes += self._advance(sequence, next(new_tokens))
+        return outcomes
+
+    def _advance(self, sequence: Sequence, token: int) -> list[Outcome]:
+        """A sequence got its next token."""
+        if sequence.is_aborted:
+            self._end(sequence)
+            return []
+        index = sequence.num_output
+        reason = sequence.append(token)
+        event = TokenEvent(
+            sequence.request_id,
+            index,
+            (token,),
+            reason,
+            num_cached_tokens=sequence.num_cached,
+            spans=self._spans(sequence) if reason or sequence.is_prefill_only else (),
+        )
+        if reason is not None:
+            self._end(sequence)
+        elif sequence.is_prefill_only:
+            self.scheduler.remove(sequence)
+            sequence.status = Status.HANDING_OVER
+            self.hooks.prompt_done(sequence)
+        return [event]
+
+    def _spans(self, sequence: Sequence) -> tuple[Span, ...]:
+        """The stages on this replica, on the wall clock."""
+        offset, now = time.time() - self.clock(), self.clock()
+        started = sequence.first_scheduled_s or now
+        done = sequence.prefill_done_s
+        spans = list(sequence.spans)
+        if done is not None:
+            spans.append(Span("queue", sequence.arrived_s + offset, started - sequence.arrived_s))
+            tokens = sequence.num_prompt
+            detail = (("tokens", tokens), ("cached_tokens", sequence.num_cached))
+            spans.append(Span("prefill", started + offset, done - started, detail))
+            started = done
+        if sequence.num_output > 1 and not sequence.is_prefill_only:
+            spans.append(Span("decode", started + offset, now - started, (("tokens", sequence.num_output - 1),)))
+        return tuple(spans)
+
+    def _reap(self) -> list[Outcome]:
+        """End what was aborted and what is too late."""
+        now = self.clock()
+        outcomes: list[Outcome] = []
+        for sequence in [s for s in self.sequences.values() if s.is_aborted or s.deadline_s <= now]:
+            if sequence.status is Status.HANDING_OVER:
+                continue  # its blocks are being read; `release` follows, and the hand-over has its own deadline
+            if not sequence.is_aborted:
+                error = DeadlineExceeded(
+                    f"request {sequence.request_id} was not finished within its {sequence.request.timeout_s:g} s"
+                )
+                outcomes.append(RequestFailed(sequence.request_id, error))
+            self._end(sequence)
+        return outcomes
+
+    def _evict(self, schedule: Schedule) -> list[Outcome]:
+        """Preempted sequences that cannot be computed again here are given to somebody else."""
+        self.counters.preemptions += len(schedule.preempted)
+        outcomes: list[Outcome] = []
+        for sequence in schedule.preempted:
+            if sequence.request.media and not self.can_encode:
+                self._end(sequence)
+                error = Evicted(f"request {sequence.request_id}: out of KV blocks after {sequence.num_output} tokens")
+                outcomes.append(RequestFailed(sequence.request_id, error))
+        return outcomes
+
+    def _end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        sequence.status = Status.FINISHED
+        self.pool.free(sequence.blocks)
+        sequence.blocks = []
+        sequence.embeds.clear()
+        del self.sequences[sequence.request_id]
+        self.hooks.ended(sequence)

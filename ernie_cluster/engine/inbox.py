@@ -1,0 +1,231 @@
+"""Receiving side: KV into leased blocks (decode) and embeddings into waiting prompts (prefill).
+
+What arrives names its request and attempt; anything for a lease that ended, or of another attempt, is refused and
+never touches a block. A sender first *claims*: the answer comes when the path is reserved here, so no work starts
+before every stage has its place.
+
+    claim   prefill -> decode    answered with how many blocks the prefix cache here holds already
+            vision  -> prefill   answered with the pictures whose embeddings are wanted
+    commit  prefill -> decode    all pieces are here: the sequence goes on from the given tokens
+
+Runs on transport threads; takes the engine's lock for each piece, which is short: a piece is at most a few MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ernie_cluster.config.kv_layout import KVLayout
+from ernie_cluster.engine.engine import Engine
+from ernie_cluster.engine.handover import EMBED_PIECE, KV_PIECE, scatter_blocks
+from ernie_cluster.engine.leases import LeaseTable
+from ernie_cluster.engine.sequence import Sequence
+from ernie_cluster.errors import TransferFailed
+from ernie_cluster.request import GenerationRequest, Span
+from ernie_cluster.transport.base import Message, PieceHeader, Reply
+
+
+@dataclass(slots=True, eq=False)
+class _Expected:
+    """A request whose KV is on its way here."""
+
+    request: GenerationRequest
+    hashes: list[bytes]
+    epoch: int
+
+
+@dataclass(slots=True, eq=False)
+class _Claim:
+    """A sender that waits for the path to be reserved here."""
+
+    epoch: int
+    reply: Reply
+    deadline_s: float
+
+
+class Inbox:
+    """A `transport.base.Sink` for one engine.
+
+    Args:
+        engine: takes the sequences.
+        leases: of the same block pool.
+        layout: of this rank's KV.
+        hidden_size: width of an embedding.
+        wall_clock: seconds since the epoch, for the timeline.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        leases: LeaseTable,
+        layout: KVLayout,
+        hidden_size: int,
+        *,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._engine, self._leases, self._layout = engine, leases, layout
+        self._hidden_size, self._wall_clock = hidden_size, wall_clock
+        self._expected: dict[str, _Expected] = {}
+        self._claims: dict[str, _Claim] = {}
+        self._embeds: dict[tuple[str, int], torch.Tensor] = {}
+        self._missing: dict[tuple[str, int], int] = {}
+        self.bytes_received = 0
+
+    # ---- from the replica's control side
+
+    def expect(self, request: GenerationRequest, hashes: list[bytes], epoch: int, reserve_tokens: int) -> None:
+        """Lease blocks for a request whose KV will come; raises Overloaded. Answers a claim that came before."""
+        with self._engine.lock:
+            num_tokens = request.num_prompt_tokens + len(request.output_token_ids)
+            lease = self._leases.grant(
+                request.request_id, epoch, num_tokens, hashes, reserve_tokens, self._engine.clock()
+            )
+            self._expected[request.request_id] = _Expected(request, hashes, epoch)
+            self._answer(request.request_id, epoch, {"cached_blocks": lease.num_shared})
+
+    def open_media(self, sequence: Sequence) -> None:
+        """A prompt is admitted here: say which pictures it still needs."""
+        with self._engine.lock:
+            needed = [i for i in range(len(sequence.request.media)) if sequence.needs_media(i)]
+            self._answer(sequence.request_id, sequence.epoch, {"media": list(needed)})
+
+    def refuse(self, request_id: str, reason: str) -> None:
+        """The path is not reserved here after all: answer a claim that waits."""
+        with self._engine.lock:
+            claim = self._claims.pop(request_id, None)
+        if claim is not None:
+            claim.reply({"error": reason})
+
+    def forget(self, request_id: str) -> bool:
+        """End what waits here for a request: its lease, claim and half-arrived pictures."""
+        with self._engine.lock:
+            self._expected.pop(request_id, None)
+            for key in [k for k in self._missing if k[0] == request_id]:
+                del self._missing[key], self._embeds[key]
+            had = self._leases.end(request_id)
+        self.refuse(request_id, f"request {request_id} was ended")
+        return had
+
+    def sweep(self, now_s: float) -> list[str]:
+        """Forget what nobody kept alive; the request ids."""
+        with self._engine.lock:
+            late = self._leases.sweep(now_s)
+            late += [r for r, claim in self._claims.items() if claim.deadline_s <= now_s]
+        for request_id in late:
+            self.forget(request_id)
+        return late
+
+    # ---- Sink
+
+    def accept(self, header: PieceHeader, payload: NDArray[np.uint8]) -> None:
+        """See `Sink`."""
+        kind, *detail = header.detail
+        with self._engine.lock:
+            if kind == KV_PIECE:
+                self._accept_kv(header, payload, *detail)
+            elif kind == EMBED_PIECE:
+                self._accept_embeds(header, payload, *detail)
+            else:
+                raise TransferFailed(f"piece of unknown kind {kind}")
+            self.bytes_received += header.nbytes
+
+    def handle(self, message: Message, reply: Reply) -> None:
+        """See `Sink`."""
+        request_id, epoch = str(message["request_id"]), int(message["epoch"])  # type: ignore[arg-type]
+        if message["type"] == "claim":
+            self._claim(request_id, epoch, reply)
+        elif message["type"] == "commit":
+            output = [int(t) for t in message["output"]]  # type: ignore[union-attr, arg-type]
+            self._commit(request_id, epoch, int(message["num_pieces"]), output)  # type: ignore[arg-type]
+            reply({})
+        else:
+            raise TransferFailed(f"unknown message {message['type']!r}")
+
+    def disconnected(self, peer: str) -> None:
+        """See `Sink`. Leases that were being filled run out by their own deadline, or are taken by a new attempt."""
+
+    # ---- inside, with the lock held
+
+    def _accept_kv(
+        self, header: PieceHeader, payload: NDArray[np.uint8], first_layer: int, num_layers: int, first: int, count: int
+    ) -> None:
+        lease = self._leases.find(header.request_id, header.epoch)
+        if header.piece in lease.pieces:
+            raise TransferFailed(f"request {header.request_id}: piece {header.piece} came twice")
+        data = self._engine.runner.kv.data
+        is_inside = (
+            0 <= first_layer < first_layer + num_layers <= self._layout.num_layers
+            and lease.num_shared <= first < first + count <= len(lease.blocks)
+            and header.nbytes == num_layers * count * self._layout.block_bytes_per_layer
+        )
+        if not is_inside:
+            raise TransferFailed(f"request {header.request_id}: piece {header.detail} does not fit the lease")
+        source = torch.from_numpy(payload).view(data.dtype).view(num_layers, 2, count, *data.shape[3:])
+        blocks = torch.tensor(lease.blocks[first : first + count])
+        scatter_blocks(source, blocks, data[first_layer : first_layer + num_layers])
+        lease.pieces.add(header.piece)
+        lease.bytes_received += header.nbytes
+        if lease.first_piece_s is None:
+            lease.first_piece_s = self._wall_clock()
+
+    def _accept_embeds(
+        self, header: PieceHeader, payload: NDArray[np.uint8], index: int, first_row: int, num_rows: int
+    ) -> None:
+        sequence = self._engine.sequences.get(header.request_id)
+        if sequence is None or sequence.epoch != header.epoch or not 0 <= index < len(sequence.request.media):
+            raise TransferFailed(f"request {header.request_id}: no prompt waits for attempt {header.epoch}'s picture")
+        key, total = (header.request_id, index), sequence.request.media[index].num_tokens
+        dtype = self._engine.runner.kv.data.dtype
+        rows = torch.from_numpy(payload).view(dtype).view(-1, self._hidden_size)
+        if len(rows) != num_rows or not 0 <= first_row < first_row + num_rows <= total:
+            raise TransferFailed(f"request {header.request_id}: {num_rows} rows from {first_row} do not fit {total}")
+        if key not in self._embeds:
+            self._embeds[key] = torch.empty(total, self._hidden_size, dtype=dtype)
+            self._missing[key] = total
+        self._embeds[key][first_row : first_row + num_rows] = rows
+        self._missing[key] -= num_rows
+        if self._missing[key] == 0:
+            del self._missing[key]
+            sequence.embeds[index] = self._embeds.pop(key)
+            self._engine.lock.notify_all()
+
+    def _claim(self, request_id: str, epoch: int, reply: Reply) -> None:
+        engine = self._engine
+        with engine.lock:
+            expected, sequence = self._expected.get(request_id), engine.sequences.get(request_id)
+            self._claims[request_id] = _Claim(epoch, reply, engine.clock() + self._leases.timeout_s)
+            if expected is not None and expected.epoch == epoch:
+                lease = self._leases.find(request_id, epoch)
+                self._answer(request_id, epoch, {"cached_blocks": lease.num_shared})
+            elif sequence is not None and sequence.epoch == epoch:
+                self.open_media(sequence)
+
+    def _answer(self, request_id: str, epoch: int, message: Message) -> None:
+        claim = self._claims.get(request_id)
+        if claim is not None and claim.epoch == epoch:
+            del self._claims[request_id]
+            claim.reply(message)
+
+    def _commit(self, request_id: str, epoch: int, num_pieces: int, output: list[int]) -> None:
+        with self._engine.lock:
+            lease = self._leases.find(request_id, epoch)
+            missing = num_pieces - len(lease.pieces)
+            if missing:
+                raise TransferFailed(f"request {request_id}: {missing} of {num_pieces} pieces did not arrive")
+            self._leases.take(request_id, epoch)
+            expected = self._expected.pop(request_id)
+            sequence = Sequence(expected.request, expected.hashes, epoch=epoch, blocks=lease.blocks)
+            sequence.tokens = [*expected.request.prompt_token_ids.tolist(), *output]
+            sequence.num_computed = len(sequence.tokens) - 1
+            sequence.num_cached = sequence.num_published = 0
+            now = self._wall_clock()
+            start = lease.first_piece_s or now
+            detail = (("bytes", lease.bytes_received), ("pieces", num_pieces))
+            sequence.spans.append(Span("transfer", start, now - start, detail))
+            self._engine.scheduler.publish(sequence)
+            self._engine.add(sequence)

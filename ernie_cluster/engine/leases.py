@@ -1,0 +1,121 @@
+"""Blocks promised to requests before their work or their KV arrives.
+
+A lease has an owner (request id), an epoch (the attempt) and a deadline that heartbeats move on. Whoever writes under
+a lease names its epoch; a lease that was ended or taken over answers to no old epoch. Time comes in as an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ernie_cluster.engine.block_pool import BlockPool, OutOfBlocks
+from ernie_cluster.errors import Overloaded, TransferFailed
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """Blocks of one request attempt."""
+
+    request_id: str
+    epoch: int
+    blocks: list[int]
+    """Logical block index -> block id; the cached prefix first."""
+    num_shared: int
+    """Leading blocks that came from the prefix cache and are never written."""
+    deadline_s: float
+    pieces: set[int] = field(default_factory=set)
+    """Numbers of the pieces that have arrived."""
+    bytes_received: int = 0
+    first_piece_s: float | None = None
+
+
+class LeaseTable:
+    """Owns the leases of one engine.
+
+    Args:
+        pool: where blocks come from and go back to.
+        timeout_s: how long a lease lives without a sign of life.
+    """
+
+    def __init__(self, pool: BlockPool, timeout_s: float) -> None:
+        self.pool, self.timeout_s = pool, timeout_s
+        self._leases: dict[str, Lease] = {}
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(lease.blocks) for lease in self._leases.values())
+
+    def grant(
+        self, request_id: str, epoch: int, num_tokens: int, hashes: Sequence[bytes], reserve_tokens: int, now_s: float
+    ) -> Lease:
+        """Blocks for `num_tokens` and a first stretch of output; the cached prefix is shared.
+
+        An older attempt of the same request is ended first.
+
+        Args:
+            num_tokens: prompt (and replayed output).
+            hashes: content hashes of the prompt's full blocks; the last token is never taken from the cache.
+            reserve_tokens: output tokens to hold blocks for.
+
+        Raises:
+            Overloaded: not enough blocks are free.
+            TransferFailed: a newer attempt of this request holds a lease already.
+        """
+        old = self._leases.get(request_id)
+        if old is not None:
+            if old.epoch >= epoch:
+                raise TransferFailed(f"request {request_id}: attempt {epoch} came after attempt {old.epoch}")
+            self.end(request_id)
+        shared = self.pool.share(hashes[: (num_tokens - 1) // self.pool.block_size])
+        wanted = self.pool.num_blocks_for(num_tokens + reserve_tokens) - len(shared)
+        try:
+            own = self.pool.allocate(wanted)
+        except OutOfBlocks as e:
+            self.pool.free(shared)
+            raise Overloaded(f"KV cache is full: {e}") from None
+        lease = Lease(request_id, epoch, shared + own, len(shared), now_s + self.timeout_s)
+        self._leases[request_id] = lease
+        return lease
+
+    def find(self, request_id: str, epoch: int) -> Lease:
+        """The lease of this very attempt; TransferFailed when it was ended, ran out or was taken over."""
+        lease = self._leases.get(request_id)
+        if lease is None:
+            raise TransferFailed(f"request {request_id}: no lease; it ended or ran out")
+        if lease.epoch != epoch:
+            raise TransferFailed(
+                f"request {request_id}: attempt {epoch} is fenced off, attempt {lease.epoch} holds the lease"
+            )
+        return lease
+
+    def take(self, request_id: str, epoch: int) -> Lease:
+        """End the lease but keep its blocks, which now belong to the caller."""
+        lease = self.find(request_id, epoch)
+        del self._leases[request_id]
+        return lease
+
+    def end(self, request_id: str, epoch: int | None = None) -> bool:
+        """Free a lease's blocks; False when there is none, or it is another attempt's."""
+        lease = self._leases.get(request_id)
+        if lease is None or (epoch is not None and lease.epoch != epoch):
+            return False
+        del self._leases[request_id]
+        self.pool.free(lease.blocks)
+        return True
+
+    def renew(self, request_id: str, now_s: float) -> None:
+        """A sign of life."""
+        lease = self._leases.get(request_id)
+        if lease is not None:
+            lease.deadline_s = now_s + self.timeout_s
+
+    def sweep(self, now_s: float) -> list[str]:
+        """End all leases whose deadline has passed; their request ids."""
+        late = [r for r, lease in self._leases.items() if lease.deadline_s <= now_s]
+        for request_id in late:
+            self.end(request_id)
+        return late

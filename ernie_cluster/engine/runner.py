@@ -1,0 +1,64 @@
+"""Owns the weights and the KV tensors of one rank, and runs one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.sampler import SamplerRow, sample
+from ernie_cluster.model.build import Role, build_decoder, torch_dtype
+from ernie_cluster.model.decoder import Decoder, no_hook
+from ernie_cluster.model.step import KVCache, StepInput
+from ernie_cluster.model.weights import Checkpoint, load_decoder, no_progress
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runner:
+    """Decoder and KV cache of one replica."""
+
+    decoder: Decoder
+    kv: KVCache
+
+    @classmethod
+    def load(
+        cls,
+        folder: str,
+        config: ModelConfig,
+        role: Role,
+        *,
+        dtype: str,
+        device: torch.device,
+        num_blocks: int,
+        block_size: int,
+        progress: Callable[[int, int], None] = no_progress,
+    ) -> Runner:
+        """Weights of a checkpoint folder and an empty cache; raises CheckpointError."""
+        decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device)
+        checkpoint = Checkpoint(folder)
+        has_vision_experts = role != "decode" and config.is_multimodal
+        load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision_experts, progress=progress)
+        checkpoint.close()
+        return cls.around(decoder, num_blocks=num_blocks, block_size=block_size)
+
+    @classmethod
+    def around(cls, decoder: Decoder, *, num_blocks: int, block_size: int) -> Runner:
+        """A loaded decoder and an empty cache on its device and in its dtype."""
+        c, weight = decoder.config, decoder.embed
+        kv = KVCache.allocate(
+            c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, weight.dtype, weight.device
+        )
+        return cls(decoder, kv)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed.device
+
+    @torch.inference_mode()
+    def run(
+        self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook
+    ) -> list[int]:
+        """One token per row of logits; K and V of all its tokens are in the cache afterwards."""
+        return sample(self.decoder(step, self.kv, layer_done), rows)

@@ -1,0 +1,106 @@
+"""Logits -> token ids.
+
+Chance is counter-based: the number drawn for an output position is a pure function of (seed, position), so whoever
+continues a request draws what the first one would have drawn. Shapes: R rows (one per sequence), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ernie_cluster.request import SamplingParams
+
+_MASK64 = (1 << 64) - 1
+
+
+def _mix(x: int) -> int:
+    """SplitMix64's finaliser: every input bit moves every output bit. Source: Steele, Lea, Flood 2014."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but seed and output position."""
+    return (_mix(_mix(seed & _MASK64) ^ position) >> 11) * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplerRow:
+    """What the sampler must know of one row."""
+
+    params: SamplingParams
+    position: int
+    """Output position of the token to choose."""
+    prompt: Seq[int]
+    output: Seq[int]
+    """Both may be left empty when no penalty asks for them."""
+    end_tokens: tuple[int, ...]
+    """Tokens that would end the answer."""
+
+
+def sample(logits_RV: Tensor, rows: Seq[SamplerRow]) -> list[int]:
+    """Choose one token per row.
+
+    Args:
+        logits_RV: float32; changed in place for rows with penalties, biases or forbidden ends.
+        rows: one per row.
+    """
+    for i, row in enumerate(rows):
+        _shape_logits(logits_RV[i], row)
+    out = logits_RV.argmax(-1)
+    chance = [i for i, row in enumerate(rows) if not row.params.is_greedy]
+    if chance:
+        whole = len(chance) == len(rows)
+        picked = _draw(logits_RV if whole else logits_RV[chance], [rows[i] for i in chance])
+        out[torch.tensor(chance, device=out.device)] = picked
+    return out.tolist()
+
+
+def _shape_logits(logits_V: Tensor, row: SamplerRow) -> None:
+    """Penalties, biases and the ban on ending early, in place."""
+    p = row.params
+    if p.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*row.prompt, *row.output}), device=logits_V.device)
+        value = logits_V[seen]
+        logits_V[seen] = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
+    if (p.presence_penalty or p.frequency_penalty) and row.output:
+        ids, counts = torch.tensor(row.output, device=logits_V.device).unique(return_counts=True)  # type: ignore[no-untyped-call]
+        logits_V[ids] -= p.presence_penalty + p.frequency_penalty * counts
+    if p.logit_bias:
+        ids = torch.tensor([i for i, _ in p.logit_bias], device=logits_V.device)
+        logits_V[ids] += torch.tensor([b for _, b in p.logit_bias], device=logits_V.device)
+    if row.position < p.min_tokens and row.end_tokens:
+        logits_V[list(row.end_tokens)] = -torch.inf
+
+
+def _draw(logits_RV: Tensor, rows: Seq[SamplerRow]) -> Tensor:
+    """Inverse of the cumulative distribution, after temperature, top-k, top-p and min-p. int64 [R]."""
+    device = logits_RV.device
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+    probs = (logits_RV / column([r.params.temperature for r in rows])).softmax(-1)
+    if any(r.params.top_k > 0 or r.params.top_p < 1 for r in rows):
+        vocab = probs.shape[-1]
+        ordered, ids = probs.sort(stable=True, dim=-1, descending=True)
+        rank = torch.arange(vocab, device=device)[None]
+        top_k = torch.tensor([r.params.top_k or vocab for r in rows], device=device)[:, None]
+        before = ordered.cumsum(-1) - ordered  # the token that crosses top_p stays
+        keep = (rank < top_k) & (before < column([r.params.top_p for r in rows]))
+        keep[:, 0] = True
+        probs = probs * torch.zeros_like(keep).scatter_(-1, ids, keep)
+    if any(r.params.min_p > 0 for r in rows):
+        floor = probs.amax(-1, keepdim=True) * column([r.params.min_p for r in rows])
+        probs = probs * (probs >= floor)
+    # float64: over 100,000 tokens a float32 sum would round small ones away
+    cumulative = probs.double().cumsum(-1)
+    target = torch.tensor([uniform(r.params.seed, r.position) for r in rows], dtype=torch.float64, device=device)
+    picked = torch.searchsorted(cumulative, target[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return picked.clamp_max(probs.shape[-1] - 1)

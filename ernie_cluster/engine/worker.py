@@ -1,0 +1,283 @@
+"""One engine replica without Ray: engine, leases, hand-over in and out, and the thread that steps.
+
+The same object serves every role. What it is asked decides: `open_prefill` with a destination hands the prompt's KV
+over, without one it goes on decoding here (mixed); `open_decode` waits for KV. All calls return at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ernie_cluster.config.kv_layout import KVLayout
+from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.batch import BatchBuilder
+from ernie_cluster.engine.block_pool import BlockPool
+from ernie_cluster.engine.engine import Engine, Outcome
+from ernie_cluster.engine.handover import KVSender
+from ernie_cluster.engine.inbox import Inbox
+from ernie_cluster.engine.leases import LeaseTable
+from ernie_cluster.engine.runner import Runner
+from ernie_cluster.engine.scheduler import Scheduler
+from ernie_cluster.engine.sequence import Sequence
+from ernie_cluster.errors import EngineFailed, ErnieClusterError, Overloaded, TransferFailed
+from ernie_cluster.request import GenerationRequest, RequestFailed, block_hashes
+from ernie_cluster.transport.base import Channel, Message
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a worker must know beside its model."""
+
+    block_size: int
+    max_batch_tokens: int
+    max_num_seqs: int
+    enable_prefix_cache: bool
+    reserve_output_tokens: int
+    """Output tokens for which a decode lease holds blocks from the start."""
+    lease_timeout_s: float
+    piece_bytes: int
+    can_encode: bool
+    """Whether embeddings of pictures can come here; False for the decode role."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSnapshot:
+    """Load of one engine, at one moment."""
+
+    num_running: int
+    num_waiting: int
+    waiting_tokens: int
+    """Prompt tokens not computed yet."""
+    num_leases: int
+    free_blocks: int
+    total_blocks: int
+    steps: int
+    run_s: float
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    kv_bytes_sent: int
+    kv_bytes_received: int
+
+
+class Worker:
+    """Owns an engine and its thread.
+
+    Args:
+        runner: weights and cache.
+        config: the model.
+        settings: see there.
+        emit: takes outcomes, on the engine's thread or a transport's.
+    """
+
+    def __init__(
+        self, runner: Runner, config: ModelConfig, settings: WorkerSettings, emit: Callable[[list[Outcome]], None]
+    ) -> None:
+        self.settings, self._emit = settings, emit
+        kv = runner.kv
+        self.pool = BlockPool(kv.data.shape[2], settings.block_size, enable_prefix_cache=settings.enable_prefix_cache)
+        num_layers, _, _, block_size, num_kv_heads, head_dim = kv.data.shape
+        layout = KVLayout(num_layers, num_kv_heads, head_dim, block_size, kv.data.element_size())
+        self.layout = layout
+        self.sender = KVSender(
+            kv,
+            layout,
+            piece_bytes=settings.piece_bytes,
+            commit_timeout_s=settings.lease_timeout_s,
+            done=self._handed_over,
+        )
+        vision_ids = config.token_ids.vision_pool if config.token_ids else frozenset[int]()
+        self.engine = Engine(
+            runner,
+            self.pool,
+            Scheduler(self.pool, max_batch_tokens=settings.max_batch_tokens, max_num_seqs=settings.max_num_seqs),
+            BatchBuilder(settings.block_size, vision_ids, runner.device),
+            emit=emit,
+            hooks=self.sender,
+            can_encode=settings.can_encode,
+        )
+        self.leases = LeaseTable(self.pool, settings.lease_timeout_s)
+        self.inbox = Inbox(self.engine, self.leases, layout, config.text.hidden_size, wall_clock=time.time)
+        self._opening: dict[str, Sequence] = {}
+        self._is_stopping = False
+        self.failure: EngineFailed | None = None
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the running step; waiting requests are left to whoever stops us."""
+        with self.engine.lock:
+            self._is_stopping = True
+            self.engine.lock.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # ---- control, from any thread
+
+    def open_prefill(self, request: GenerationRequest, epoch: int, channel: Channel | None) -> None:
+        """Compute a prompt here, and its answer too when there is no `channel` to a decode replica.
+
+        Work starts once the decode side has confirmed its lease.
+
+        Raises:
+            Overloaded: no blocks for the prompt.
+        """
+        self._check_alive()
+        hashes = self._hashes(request)
+        num_tokens = request.num_prompt_tokens + len(request.output_token_ids)
+        reserve = 0 if channel is not None else min(request.sampling.max_tokens, self.settings.reserve_output_tokens)
+        with self.engine.lock:
+            lease = self.leases.grant(request.request_id, epoch, num_tokens, hashes, reserve, self.engine.clock())
+            sequence = Sequence(request, hashes, blocks=lease.blocks, epoch=epoch)
+            sequence.num_computed = sequence.num_cached = lease.num_shared * self.settings.block_size
+            sequence.num_published = lease.num_shared
+            self._opening[request.request_id] = sequence
+        if channel is None:
+            self._begin(sequence, None, 0)
+            return
+        claim: Message = {"type": "claim", "request_id": request.request_id, "epoch": epoch}
+        answer = channel.call(claim, self.settings.lease_timeout_s)
+
+        def answered() -> None:
+            try:
+                reply = answer.result()
+                if "error" in reply:
+                    raise TransferFailed(str(reply["error"]))
+                self._begin(sequence, channel, int(reply["cached_blocks"]))  # type: ignore[arg-type]
+            except ErnieClusterError as e:
+                if self._drop(sequence):
+                    self._emit([RequestFailed(request.request_id, e)])
+
+        answer.add_done_callback(lambda _: answered())
+
+    def open_decode(self, request: GenerationRequest, epoch: int) -> None:
+        """Lease blocks for a request whose prompt is computed elsewhere; raises Overloaded."""
+        self._check_alive()
+        reserve = min(request.sampling.max_tokens, self.settings.reserve_output_tokens)
+        self.inbox.expect(request, self._hashes(request), epoch, reserve)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request here, wherever it stands; its blocks are free within a step. False if it is unknown."""
+        with self.engine.lock:
+            self._opening.pop(request_id, None)
+        had_lease = self.inbox.forget(request_id)
+        return self.engine.abort(request_id) or had_lease
+
+    def renew(self, request_ids: Iterable[str]) -> None:
+        """Whoever wants these answers is alive: their leases live on."""
+        with self.engine.lock:
+            now = self.engine.clock()
+            for request_id in request_ids:
+                self.leases.renew(request_id, now)
+
+    def snapshot(self) -> WorkerSnapshot:
+        engine, counters = self.engine, self.engine.counters
+        with engine.lock:
+            sequences = list(engine.sequences.values())
+            return WorkerSnapshot(
+                num_running=len(engine.scheduler.running),
+                num_waiting=len(engine.scheduler.waiting) + len(self._opening),
+                waiting_tokens=sum(s.num_uncomputed for s in sequences if not s.is_decoding),
+                num_leases=len(self.leases),
+                free_blocks=self.pool.num_free,
+                total_blocks=self.pool.num_blocks - 1,
+                steps=counters.steps,
+                run_s=counters.run_s,
+                prompt_tokens=counters.prompt_tokens,
+                generated_tokens=counters.generated_tokens,
+                preemptions=counters.preemptions,
+                kv_bytes_sent=self.sender.bytes_sent,
+                kv_bytes_received=self.inbox.bytes_received,
+            )
+
+    def check(self) -> bool:
+        """Invariants, and when nothing is in flight, that every block has come home."""
+        with self.engine.lock:
+            self.engine.check()
+            if not self.engine.sequences and not len(self.leases):
+                assert self.pool.num_used == 0, f"{self.pool.num_used} blocks are used by nobody"
+            return True
+
+    # ---- inside
+
+    def _hashes(self, request: GenerationRequest) -> list[bytes]:
+        if not self.settings.enable_prefix_cache:
+            return []
+        return block_hashes(request.prompt_token_ids, request.media, self.settings.block_size, request.cache_salt)
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self._is_stopping:
+            raise Overloaded("this replica is shutting down", 1.0)
+
+    def _begin(self, sequence: Sequence, channel: Channel | None, first_block: int) -> None:
+        """The whole path is reserved: the sequence may be scheduled."""
+        with self.engine.lock:
+            if self._opening.pop(sequence.request_id, None) is not sequence:
+                return  # aborted, or fenced off by a newer attempt; its lease is gone
+            self.leases.take(sequence.request_id, sequence.epoch)
+            if channel is not None:
+                self.sender.begin(sequence, channel, first_block)
+            self.engine.add(sequence)
+            self.inbox.open_media(sequence)
+
+    def _drop(self, sequence: Sequence) -> bool:
+        """The path could not be reserved; False when the request was ended by others already."""
+        with self.engine.lock:
+            if self._opening.get(sequence.request_id) is not sequence:
+                return False
+            del self._opening[sequence.request_id]
+            self.inbox.forget(sequence.request_id)
+            return True
+
+    def _handed_over(self, sequence: Sequence, error: Exception | None) -> None:
+        is_wanted = not sequence.is_aborted
+        self.engine.release(sequence)
+        if error is not None and is_wanted:
+            self._emit([RequestFailed(sequence.request_id, error)])
+
+    def _loop(self) -> None:
+        engine, idle_s = self.engine, min(1.0, self.settings.lease_timeout_s / 4)
+        try:
+            next_sweep = engine.clock() + idle_s
+            while True:
+                with engine.lock:
+                    if self._is_stopping:
+                        return
+                    if not engine.has_work():
+                        engine.lock.wait(idle_s)
+                if engine.clock() >= next_sweep:
+                    self._sweep()
+                    next_sweep = engine.clock() + idle_s
+                engine.step()
+        except Exception as e:
+            log.exception("the engine stopped")
+            self._fail(EngineFailed(f"the engine stopped: {type(e).__name__}: {e}"))
+
+    def _sweep(self) -> None:
+        for request_id in self.inbox.sweep(self.engine.clock()):
+            with self.engine.lock:
+                self._opening.pop(request_id, None)
+            self._emit([RequestFailed(request_id, TransferFailed(f"request {request_id}: its lease ran out"))])
+
+    def _fail(self, failure: EngineFailed) -> None:
+        """Tell everybody; the replica is replaced, so nothing is cleaned up."""
+        with self.engine.lock:
+            self.failure = failure
+            ids = {*self.engine.sequences, *self._opening}
+        self._emit([RequestFailed(r, failure) for r in ids])
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

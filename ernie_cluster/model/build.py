@@ -1,0 +1,67 @@
+"""Which parts of a model a replica holds, by its role, and how they come to be.
+
+vision    ViT and resampler
+prefill   decoder with the experts of both modalities
+decode    decoder with text experts only: generated tokens are text
+mixed     as prefill
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.errors import ConfigError
+from ernie_cluster.model.decoder import Decoder
+from ernie_cluster.model.ops import TorchOps
+from ernie_cluster.model.vision import VisionEncoder
+
+Role = Literal["vision", "prefill", "decode", "mixed"]
+
+# Below this width a decode step is all call overhead, and compiling kernels at start-up would not pay.
+_SMALLEST_COMPILED_WIDTH = 512
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def choose_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> TorchOps:
+    """Compiled kernels for bfloat16 on CPU, plain torch elsewhere.
+
+    `ERNIE_CPU_KERNELS=torch` turns the compiled ones off, `=numba` forces them for small models too.
+    """
+    wish = os.environ.get("ERNIE_CPU_KERNELS", "auto")
+    if wish not in ("auto", "torch", "numba"):
+        raise ConfigError(f"ERNIE_CPU_KERNELS={wish!r}: use auto, torch or numba")
+    is_fit = device.type == "cpu" and dtype == torch.bfloat16
+    is_large = config.text.hidden_size >= _SMALLEST_COMPILED_WIDTH
+    if not is_fit or wish == "torch" or (wish == "auto" and not is_large):
+        return TorchOps()
+    from ernie_cluster.model.cpu_ops import NumbaOps  # numba takes a second to import
+
+    return NumbaOps()
+
+
+def build_decoder(config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """An unfilled decoder with the parts of `role`."""
+    has_vision_experts = role != "decode" and config.is_multimodal
+    with torch.device(device):
+        ops = choose_ops(config, dtype, device)
+        return Decoder(config.text, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops)
+
+
+def build_vision(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
+    """An unfilled ViT and resampler; ConfigError for a text-only model."""
+    if config.vision is None:
+        raise ConfigError("a text-only model has no vision encoder; remove the vision pool from its configuration")
+    with torch.device(device):
+        return VisionEncoder(config.vision, config.text.hidden_size, config.text.rms_norm_eps, dtype)
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

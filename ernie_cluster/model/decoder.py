@@ -1,0 +1,124 @@
+"""The text decoder: embedding, layers over paged KV, final norm and head.
+
+Knows no scheduler and no sampling. Parameters are fused (q, k and v in one matrix; gate and up in one); `weights.py`
+says which checkpoint tensor goes where. Shapes: T tokens, D hidden, R rows whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ernie_cluster.config.model import TextConfig
+from ernie_cluster.errors import ConfigError
+from ernie_cluster.model.moe import GatedMLP, SparseMLP, empty_weight
+from ernie_cluster.model.ops import TorchOps
+from ernie_cluster.model.rope import TextRope
+from ernie_cluster.model.step import KVCache, StepInput
+
+
+def no_hook(layer: int) -> None:
+    """Nobody wants to know."""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over paged KV."""
+
+    def __init__(self, config: TextConfig, dtype: torch.dtype, ops: TorchOps) -> None:
+        super().__init__()
+        self.ops, self.num_heads = ops, config.num_heads
+        width = config.num_heads * config.head_dim
+        self.qkv = empty_weight(width + 2 * config.num_kv_heads * config.head_dim, config.hidden_size, dtype=dtype)
+        self.out = empty_weight(config.hidden_size, width, dtype=dtype)
+
+    def forward(
+        self, x_TD: Tensor, cos_TF: Tensor, sin_TF: Tensor, pages: tuple[Tensor, Tensor], step: StepInput
+    ) -> Tensor:
+        qkv = self.ops.linear(x_TD, self.qkv)
+        q = self.ops.rotate_and_store(qkv, cos_TF, sin_TF, step.slots_T, pages, self.num_heads)
+        return self.ops.linear(self.ops.attention(q, pages, step), self.out)
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the sum travels beside x so that each norm can add it."""
+
+    def __init__(
+        self, config: TextConfig, index: int, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps
+    ) -> None:
+        super().__init__()
+        self.ops, self.eps = ops, config.rms_norm_eps
+        self.input_norm = empty_weight(config.hidden_size, dtype=dtype)
+        self.attention = Attention(config, dtype, ops)
+        self.post_attention_norm = empty_weight(config.hidden_size, dtype=dtype)
+        self.mlp: SparseMLP | GatedMLP
+        if index in config.sparse_layers:
+            self.mlp = SparseMLP(config, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops)
+        else:
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, ops)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        cos_TF: Tensor,
+        sin_TF: Tensor,
+        pages: tuple[Tensor, Tensor],
+        step: StepInput,
+    ) -> tuple[Tensor, Tensor]:
+        x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.input_norm, self.eps)
+        x_TD = self.attention(x_TD, cos_TF, sin_TF, pages, step)
+        x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.post_attention_norm, self.eps)
+        return self.mlp(x_TD, step.is_vision_T), residual_TD
+
+
+class Decoder(nn.Module):
+    """The whole text model.
+
+    Args:
+        config: its shape.
+        has_vision_experts: False on decode replicas, whose tokens are all text.
+        dtype: of all weights but the router's.
+        ops: the kernels.
+    """
+
+    def __init__(self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps) -> None:
+        super().__init__()
+        if config.use_bias:
+            raise ConfigError(
+                "use_bias true: no published model of the family has biases in its decoder; not supported"
+            )
+        self.config, self.ops = config, ops
+        self.embed = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops)
+            for i in range(config.num_layers)
+        )
+        self.norm = empty_weight(config.hidden_size, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.head = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
+        self._rope: TextRope | None = None
+
+    def forward(self, step: StepInput, kv: KVCache, layer_done: Callable[[int], None] = no_hook) -> Tensor:
+        """Logits of the wanted rows, float32 [R, V]; K and V of all tokens are written to `kv`.
+
+        Args:
+            step: the tokens.
+            kv: changed in place.
+            layer_done: called after each layer's K and V are written, with the layer's index.
+        """
+        if self._rope is None:
+            c = self.config
+            self._rope = TextRope(c.head_dim, c.rope_theta, c.mrope_section, self.embed.device)
+        cos_TF, sin_TF = self._rope(step.positions_3T)
+        x = self.embed.index_select(0, step.token_ids_T)
+        if step.media_embeds is not None:
+            x.index_copy_(0, step.media_rows, step.media_embeds)
+        residual = torch.zeros_like(x)
+        for i, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, cos_TF, sin_TF, kv.layer(i), step)
+            layer_done(i)
+        x, residual = x.index_select(0, step.logits_rows), residual.index_select(0, step.logits_rows)
+        x, _ = self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
+        return self.ops.linear(x, self.embed if self.config.tie_word_embeddings else self.head).float()

@@ -1,0 +1,98 @@
+"""Experts of both modalities in one layer: route, run, combine, with no question about the mix of tokens.
+
+Text experts have the indices 0..E-1, vision experts follow. The router looks at the logits of the pool that a token
+belongs to; which pool that is, is data, never a branch. Shapes: T tokens, D hidden, E experts of one pool, K chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ernie_cluster.config.model import ExpertPool, TextConfig
+from ernie_cluster.model.ops import ExpertWeights, TorchOps
+
+
+def empty_weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised weight on the default device, to be filled from a checkpoint."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+class Router(nn.Module):
+    """Chooses K experts of a token's own pool.
+
+    The bias decides only who is chosen; the weights are the unbiased probabilities of the chosen, renormalised.
+    Weight and bias are float32, whatever the model's dtype.
+    """
+
+    def __init__(self, hidden_size: int, pools: Sequence[ExpertPool], norm_min: float) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.norm_min = pools[0].num_experts, pools[0].top_k, norm_min
+        self.num_pools = len(pools)
+        self.weight = empty_weight(self.num_pools * self.num_experts, hidden_size, dtype=torch.float32)
+        self.bias = empty_weight(self.num_pools, self.num_experts, dtype=torch.float32)
+
+    def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(ids int64 [T, K] over all pools, weights float32 [T, K] summing to 1)."""
+        logits = nn.functional.linear(x_TD.float(), self.weight)
+        pool_T = is_vision_T.long() if self.num_pools > 1 else torch.zeros_like(is_vision_T, dtype=torch.long)
+        if self.num_pools > 1:
+            by_pool = logits.view(-1, self.num_pools, self.num_experts)
+            logits = by_pool.gather(1, pool_T[:, None, None].expand(-1, 1, self.num_experts))[:, 0]
+        scores = logits.softmax(-1)
+        ids = (scores + self.bias[pool_T]).topk(self.top_k, -1, sorted=False).indices
+        weights = scores.gather(-1, ids)
+        return ids + (pool_T * self.num_experts)[:, None], weights / weights.sum(-1, keepdim=True).clamp_min(self.norm_min)
+
+
+class Experts(nn.Module):
+    """Fused weights of one pool."""
+
+    def __init__(self, hidden_size: int, pool: ExpertPool, dtype: torch.dtype) -> None:
+        super().__init__()
+        width = pool.intermediate_size
+        self.gate_up = empty_weight(pool.num_experts, 2 * width, hidden_size, dtype=dtype)
+        self.down = empty_weight(pool.num_experts, hidden_size, width, dtype=dtype)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The same parameters, as the kernels take them."""
+        return ExpertWeights(self.gate_up, self.down)
+
+
+class SparseMLP(nn.Module):
+    """Router, experts of one or two pools, and the always-on shared experts where the model has them."""
+
+    def __init__(self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps) -> None:
+        super().__init__()
+        assert config.text_experts is not None
+        pools = [config.text_experts]
+        if has_vision_experts and config.vision_experts is not None:
+            pools.append(config.vision_experts)
+        self.ops = ops
+        self.router = Router(config.hidden_size, pools, config.norm_min)
+        experts = [Experts(config.hidden_size, pool, dtype) for pool in pools]
+        self.pools = nn.ModuleList(experts)
+        self._weights = [e.weights for e in experts]
+        width = config.shared_intermediate_size
+        self.shared = GatedMLP(config.hidden_size, width, dtype, ops) if width else None
+
+    def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> Tensor:
+        ids_TK, weights_TK = self.router(x_TD, is_vision_T)
+        out = self.ops.experts(x_TD, self._weights, ids_TK, weights_TK)
+        return out if self.shared is None else out + self.shared(x_TD, is_vision_T)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): dense layers and shared experts."""
+
+    def __init__(self, hidden_size: int, width: int, dtype: torch.dtype, ops: TorchOps) -> None:
+        super().__init__()
+        self.ops = ops
+        self.gate_up = empty_weight(2 * width, hidden_size, dtype=dtype)
+        self.down = empty_weight(hidden_size, width, dtype=dtype)
+
+    def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> Tensor:
+        return self.ops.gated_mlp(x_TD, self.gate_up, self.down)

@@ -1,0 +1,82 @@
+"""What one run of the decoder is given: the tokens of many sequences laid side by side.
+
+T = tokens in the step, B = sequences, M = blocks in the longest block table. Rows of sequences that decode (one
+token each) come first, then the chunks of sequences that prefill. Knows no scheduler and no request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInput:
+    """One step. Counts are host integers, so that no layer has to ask the device for one."""
+
+    token_ids_T: Tensor
+    """int64 [T]."""
+    positions_3T: Tensor
+    """int64 [3, T]: time, height, width."""
+    slots_T: Tensor
+    """int64 [T]: where each token's K and V go, block_id * block_size + offset."""
+    is_vision_T: Tensor
+    """bool [T]: tokens of the vision expert pool."""
+    has_vision: bool
+    """Whether any token may be of the vision pool; known from the requests, not from the device."""
+    block_tables_BM: Tensor
+    """int32 [B, M], padded with block 0."""
+    seq_lens_B: Tensor
+    """int32 [B]: tokens with valid K and V after this step."""
+    query_lens: tuple[int, ...]
+    """[B] tokens of each sequence in this step; the first `num_decode` are 1."""
+    context_lens: tuple[int, ...]
+    """[B] the same numbers as `seq_lens_B`, on the host."""
+    num_decode: int
+    logits_rows: Tensor
+    """int64 [R]: rows whose logits are wanted."""
+    media_rows: Tensor
+    """int64 [E]: rows whose embedding comes from a picture; may be empty."""
+    media_embeds: Tensor | None
+    """model dtype [E, hidden], in the order of `media_rows`; None when E = 0."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVCache:
+    """K and V of all layers in fixed blocks.
+
+    `data` is [layers, 2, num_blocks, block_size, kv_heads, head_dim]. Block 0 is never given to a sequence: padding
+    points there.
+    """
+
+    data: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        return cls(
+            torch.zeros(num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+        )
+
+    @property
+    def block_size(self) -> int:
+        return self.data.shape[3]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V pages of one layer, each [num_blocks, block_size, kv_heads, head_dim]."""
+        pages = self.data[index]
+        return pages[0], pages[1]
