@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
@@ -23,10 +23,11 @@ from ernie_cluster.engine.handover import KVSender
 from ernie_cluster.engine.inbox import Inbox
 from ernie_cluster.engine.leases import LeaseTable
 from ernie_cluster.engine.runner import Runner
-from ernie_cluster.engine.scheduler import Scheduler
+from ernie_cluster.engine.sampler import SamplerRow
+from ernie_cluster.engine.scheduler import Schedule, Scheduler
 from ernie_cluster.engine.sequence import Sequence
 from ernie_cluster.errors import EngineFailed, ErnieClusterError, Overloaded, TransferFailed
-from ernie_cluster.request import GenerationRequest, RequestFailed, block_hashes
+from ernie_cluster.request import GenerationRequest, RequestFailed, SamplingParams, block_hashes
 from ernie_cluster.transport.base import Channel, Message
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,19 @@ class Worker:
         self._is_stopping = False
         self.failure: EngineFailed | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def warm_up(self) -> None:
+        """Run a prompt and a decode step before anybody waits for them: compiles kernels, touches memory."""
+        prompt = np.zeros(min(32, self.settings.max_batch_tokens), dtype=np.int32)
+        request = GenerationRequest(
+            "warm-up", "", prompt, np.tile(np.arange(len(prompt), dtype=np.int32), (3, 1)), SamplingParams(temperature=0)
+        )
+        sequence = Sequence(request, [], blocks=self.pool.allocate(1))
+        sequence.blocks *= self.pool.num_blocks_for(len(prompt) + 1)  # nobody reads what it writes
+        for schedule in (Schedule(chunks=[(sequence, len(prompt))]), Schedule(decodes=[sequence])):
+            self.engine.runner.run(self.engine.builder.build(schedule), [SamplerRow(request.sampling, 0, (), (), ())])
+            sequence.tokens, sequence.num_computed = [0] * (len(prompt) + 1), len(prompt)
+        self.pool.free(sequence.blocks[:1])
 
     def start(self) -> None:
         self._thread.start()
@@ -278,6 +292,3 @@ class Worker:
             ids = {*self.engine.sequences, *self._opening}
         self._emit([RequestFailed(r, failure) for r in ids])
 
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

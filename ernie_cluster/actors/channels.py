@@ -1,0 +1,95 @@
+"""Channels from one replica to others: the right transport for each, opened on demand and kept."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from ernie_cluster.actors.messages import NAMESPACE
+from ernie_cluster.config.cluster import TransportConfig
+from ernie_cluster.errors import ReplicaLost
+from ernie_cluster.transport.base import Channel, Message, Sink
+from ernie_cluster.transport.choose import Choice, Endpoint, choose
+from ernie_cluster.transport.object_store import ObjectStoreChannel, ObjectStoreReceiver
+from ernie_cluster.transport.shared_memory import SharedMemoryChannel, SharedMemoryReceiver
+from ernie_cluster.transport.staging import host_id
+
+log = logging.getLogger(__name__)
+
+
+class Receivers:
+    """Both ways into one replica: shared memory where the host has it, and the object store always."""
+
+    def __init__(self, sink: Sink, actor_name: str, config: TransportConfig) -> None:
+        self.object_store = ObjectStoreReceiver(sink, actor_name)
+        self._shared: SharedMemoryReceiver | None = None
+        if config.kind != "object_store":
+            try:
+                self._shared = SharedMemoryReceiver(sink, config.staging_bytes)
+            except OSError as e:  # not Linux, or no memory for it
+                log.warning("no shared memory here (%s); KV goes through the object store", e)
+        address = self._shared.address if self._shared else None
+        self.endpoint = Endpoint(host_id(), address, actor_name)
+
+    def close(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
+        self.object_store.close()
+
+
+class Channels:
+    """Owns the outgoing channels of one replica."""
+
+    def __init__(self, me: Endpoint) -> None:
+        self._me = me
+        self._open: dict[Endpoint, Channel] = {}
+
+    def to(self, peer: Endpoint) -> Channel:
+        """The channel to a peer; made when the two first meet.
+
+        Raises:
+            ReplicaLost: the peer cannot be reached.
+        """
+        if peer not in self._open:
+            choice = choose(self._me, peer)
+            log.info("channel to %s: %s, because %s", peer.actor_name, choice.kind, choice.reason)
+            self._open[peer] = self._make(choice, peer)
+        return self._open[peer]
+
+    def drop(self, peer: Endpoint) -> None:
+        """Close the channel to a peer that failed; the next request opens a new one."""
+        channel = self._open.pop(peer, None)
+        if channel is not None:
+            channel.close()
+
+    def close(self) -> None:
+        for peer in list(self._open):
+            self.drop(peer)
+
+    def _make(self, choice: Choice, peer: Endpoint) -> Channel:
+        if choice.kind == "shared_memory":
+            assert peer.shm_address is not None
+            return SharedMemoryChannel(peer.shm_address, peer.actor_name)
+        try:
+            actor = ray.get_actor(peer.actor_name, NAMESPACE)
+        except ValueError:
+            raise ReplicaLost(f"{peer.actor_name} is not there") from None
+
+        def deliver(message: Message, refs: list[Any]) -> Future[Message]:
+            answer: Future[Message] = actor.deliver.remote(message, refs).future()
+            return answer
+
+        return ObjectStoreChannel(ray.put, deliver, self._me.actor_name)
+
+
+async def receive(receivers: Receivers, message: Message, refs: list[Any]) -> Message:
+    """Body of an actor's `deliver` method: fetch the payload, if any, and hand both to the receiver."""
+    payload: NDArray[np.uint8] | None = await refs[0] if refs else None
+    answer = await asyncio.to_thread(receivers.object_store.receive, message, payload)
+    return await asyncio.wrap_future(answer)

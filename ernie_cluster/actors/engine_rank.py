@@ -1,0 +1,179 @@
+"""The actor that computes for a prefill, decode or mixed replica: one `Worker`, its transports, and its outcomes.
+
+Calls return at once; tokens go out through `poll`. What a replica does is decided by what it is asked: a prompt with a
+destination is handed over, one without is answered here, and `open_decode` waits for KV.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ernie_cluster.actors import process
+from ernie_cluster.actors.channels import Channels, Receivers, receive
+from ernie_cluster.actors.events import EventHub
+from ernie_cluster.actors.messages import Batch, Outcome
+from ernie_cluster.config.cluster import ClusterConfig, Role
+from ernie_cluster.config.kv_layout import KVLayout
+from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.runner import Runner
+from ernie_cluster.engine.worker import Worker, WorkerSettings, WorkerSnapshot
+from ernie_cluster.errors import ConfigError
+from ernie_cluster.request import GenerationRequest
+from ernie_cluster.transport.base import Message
+from ernie_cluster.transport.choose import Endpoint
+
+_SWEEP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a rank tells when its weights are loaded."""
+
+    endpoint: Endpoint
+    node_id: str
+    pid: int
+    load_s: float
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class EngineRank:
+    """Rank 0 of a gang.
+
+    Args:
+        config: of the whole application.
+        model: served name.
+        role: decides which weights are loaded.
+        actor_name: this actor's own name.
+        num_cpus: cores that it may use.
+    """
+
+    def __init__(self, config: ClusterConfig, model: str, role: Role, actor_name: str, num_cpus: float) -> None:
+        start = time.perf_counter()
+        deployment = config.model(model)
+        settings = deployment.engine
+        process.set_threads(settings.num_threads or max(1, int(num_cpus)))
+        device = process.choose_device(settings.device)
+        shape = ModelConfig.from_folder(deployment.path)
+        dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
+        layout = KVLayout.from_model(shape, settings.block_size, dtype)
+        num_blocks = settings.kv_cache_bytes // layout.block_bytes
+        if num_blocks < 2:
+            raise ConfigError(
+                f"kv_cache_bytes = {settings.kv_cache_bytes} holds {num_blocks} blocks of {layout.block_bytes} bytes; "
+                f"give at least {2 * layout.block_bytes}"
+            )
+        runner = Runner.load(
+            deployment.path,
+            shape,
+            role,
+            dtype=dtype,
+            device=device,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+        )
+        self._hub: EventHub | None = None
+        self._worker = Worker(
+            runner,
+            shape,
+            WorkerSettings(
+                block_size=settings.block_size,
+                max_batch_tokens=settings.max_batch_tokens,
+                max_num_seqs=settings.max_num_seqs,
+                enable_prefix_cache=settings.enable_prefix_cache,
+                reserve_output_tokens=config.router.reserve_output_tokens,
+                lease_timeout_s=config.router.lease_timeout_s,
+                piece_bytes=config.transport.piece_bytes,
+                can_encode=role != "decode",
+            ),
+            self._publish,
+        )
+        self._receivers = Receivers(self._worker.inbox, actor_name, config.transport)
+        self._channels = Channels(self._receivers.endpoint)
+        self._worker.warm_up()
+        self._worker.start()
+        self._load_s = time.perf_counter() - start
+        self._upkeep: asyncio.Task[None] | None = None
+
+    async def ready(self) -> Ready:
+        """Answers once the weights are loaded."""
+        self._events()
+        node_id = ray.get_runtime_context().get_node_id()
+        return Ready(self._receivers.endpoint, node_id, os.getpid(), self._load_s)
+
+    async def open_prefill(
+        self, client_id: str, request: GenerationRequest, epoch: int, destination: Endpoint | None
+    ) -> None:
+        """See `Worker.open_prefill`; outcomes go to `client_id`."""
+        self._events().open(client_id, request.request_id)
+        try:
+            channel = None if destination is None else await asyncio.to_thread(self._channels.to, destination)
+            if self._events().is_open(request.request_id):  # not aborted while the channel was made
+                self._worker.open_prefill(request, epoch, channel)
+        except BaseException:
+            self._events().close(request.request_id)
+            raise
+
+    async def open_decode(self, client_id: str, request: GenerationRequest, epoch: int) -> None:
+        """See `Worker.open_decode`; outcomes go to `client_id`."""
+        self._events().open(client_id, request.request_id)
+        try:
+            self._worker.open_decode(request, epoch)
+        except BaseException:
+            self._events().close(request.request_id)
+            raise
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests without an outcome; unknown ones are over already."""
+        for request_id in request_ids:
+            self._events().close(request_id)
+            self._worker.abort(request_id)
+
+    async def poll(self, client_id: str, acknowledged: int) -> Batch:
+        """See `EventHub.poll`."""
+        return await self._events().poll(client_id, acknowledged)
+
+    async def deliver(self, message: Message, refs: list[Any]) -> Message:
+        """A piece or control message that came through the object store."""
+        return await receive(self._receivers, message, refs)
+
+    async def snapshot(self) -> WorkerSnapshot:
+        """Load now; raises EngineFailed when the engine has stopped, so that the replica is replaced."""
+        if self._worker.failure is not None:
+            raise self._worker.failure
+        return self._worker.snapshot()
+
+    async def check(self) -> bool:
+        """Invariants of the block pool and the books; raises AssertionError."""
+        return self._worker.check()
+
+    async def stop(self) -> None:
+        """Give transports and thread back."""
+        await asyncio.to_thread(self._worker.stop)
+        await asyncio.to_thread(self._channels.close)
+        await asyncio.to_thread(self._receivers.close)
+
+    def _events(self) -> EventHub:
+        """Made on the actor's own loop, which does not run yet in the constructor."""
+        if self._hub is None:
+            self._hub = EventHub(time.monotonic)
+            self._upkeep = asyncio.ensure_future(self._keep_alive())
+        return self._hub
+
+    def _publish(self, outcomes: list[Outcome]) -> None:
+        assert self._hub is not None, "a request came before the first call"
+        self._hub.publish(outcomes)
+
+    async def _keep_alive(self) -> None:
+        """Requests whose client polls keep their leases; those of a silent one are ended."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            for request_id in self._events().drop_silent():
+                self._worker.abort(request_id)
+            self._worker.renew(self._events().live_requests())

@@ -1,0 +1,161 @@
+"""Start and stop an application on a Ray cluster, saying what is being waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from ernie_cluster.actors.app import APP_NAME, build_app
+from ernie_cluster.actors.messages import NAMESPACE
+from ernie_cluster.actors.router import find_router, router_name
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.errors import ConfigError, ReplicaError
+
+Report = Callable[[str], None]
+
+_POLL_S = 0.2
+
+# RAY_AUTH_MODE is left alone: Ray's own default, a token, keeps strangers from a replica's inner ports
+_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray runs actors at nice 15: on a busy laptop decode would starve
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a replica without GPUs keeps its environment
+}
+
+
+def check(config: ClusterConfig) -> None:
+    """What can be known before anything starts; raises ConfigError or CheckpointError."""
+    for model in config.models:
+        shape = ModelConfig.from_folder(model.path)
+        model.check_media(is_multimodal=shape.is_multimodal)
+        for pool in model.pools:
+            pool.dims.check(shape)
+            if pool.dims.world > 1:
+                raise ConfigError(
+                    f"model {model.name!r}, pool {pool.role}: tp * dp = {pool.tp} * {pool.dp} = {pool.dims.world}; "
+                    "this version runs one rank per replica, so set both to 1"
+                )
+
+
+def start_ray(config: ClusterConfig, address: str | None, report: Report) -> None:
+    """Join the cluster at `address`, or start one on this machine when it is None.
+
+    Raises:
+        ConfigError: no cluster there; or Ray could not start here, twice.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
+    if address is not None:
+        report(f"joining the Ray cluster at {address}")
+        try:
+            ray.init(address, **quiet)
+        except ConnectionError as e:
+            raise ConfigError(f"no Ray cluster at {address}: {e}; start one with `ray start --head`") from None
+        return
+    pools = [(p.num_cpus, p.num_gpus, p.num_replicas) for m in config.models for p in m.pools]
+    wanted = math.ceil(sum(cpus * replicas for cpus, _, replicas in pools))
+    cores = os.cpu_count() or 1
+    if wanted > cores:
+        report(f"the pools ask for {wanted} cores, this machine has {cores}: they will share")
+    report("starting Ray on this machine")
+    for attempt in (1, 2):
+        try:
+            ray.init(num_cpus=max(wanted, cores), include_dashboard=False, **quiet)
+            return
+        except Exception as e:
+            ray.shutdown()
+            if attempt == 2:
+                raise ConfigError(f"Ray did not start on this machine: {e}") from None
+            report("Ray did not start in time, the machine may be busy; trying once more")
+
+
+def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: str = APP_NAME) -> None:
+    """Deploy the application and wait until every pool has a replica and the API answers.
+
+    Raises:
+        ReplicaError: a replica cannot start; the message says why.
+        ConfigError: not ready within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    report("starting Serve")
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": config.api.host, "port": config.api.port, "request_timeout_s": None},
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+    failure: list[Exception] = []
+
+    def run() -> None:
+        try:
+            serve.run(
+                build_app(config, app_name),
+                name=app_name,
+                route_prefix="/",
+                logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            )
+        except Exception as e:
+            failure.append(e)
+
+    deploying = threading.Thread(target=run, name="serve-run", daemon=True)
+    deploying.start()
+    router = find_router(app_name, config)
+    said: set[str] = set()
+    waiting_for = ""
+    while True:
+        for info, _ in ray.get(router.replicas.remote()):
+            if info.replica_id not in said:
+                said.add(info.replica_id)
+                report(f"{info.role} replica of {info.model!r} is ready on node {info.node_id[:8]}")
+        missing = [f"{s.name}: {s.detail}" for s in ray.get(router.status.remote()) if not s.is_ready]
+        if not missing and deploying.is_alive():
+            missing = ["the API replica"]
+        if not missing or failure:
+            break
+        if time.monotonic() > deadline:
+            raise ConfigError(f"not ready after {timeout_s:g} s; waiting for {', '.join(missing)}{_why(app_name)}")
+        reason = _failed_deployment(app_name)
+        if reason:
+            raise ReplicaError(reason)
+        if waiting_for != (waiting_for := "; ".join(missing)):
+            report(waiting_for if waiting_for.startswith("waiting") else f"waiting for {waiting_for}")
+        time.sleep(_POLL_S)
+    if failure:
+        raise ReplicaError(f"the application did not start: {failure[0]}{_why(app_name)}")
+
+
+def stop(report: Report, app_name: str = APP_NAME, *, is_ours: bool = True) -> None:
+    """Delete the application; with `is_ours`, the Ray cluster too."""
+    report("stopping")
+    serve.delete(app_name)
+    with contextlib.suppress(ValueError):
+        ray.kill(ray.get_actor(router_name(app_name), NAMESPACE))
+    if is_ours:
+        serve.shutdown()
+    ray.shutdown()
+
+
+def _failed_deployment(app_name: str) -> str:
+    """The message of the first deployment that Serve gave up on, or ""."""
+    application = serve.status().applications.get(app_name)
+    if application is None:
+        return ""
+    for name, deployment in application.deployments.items():
+        if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            return f"{name}: {deployment.message}"
+    return application.message if application.status == "DEPLOY_FAILED" else ""
+
+
+def _why(app_name: str) -> str:
+    reason = _failed_deployment(app_name)
+    return f"; {reason}" if reason else ""

@@ -1,0 +1,73 @@
+"""What the processes of one application tell each other; plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ernie_cluster.config.cluster import Role
+from ernie_cluster.policy.routing import Path
+from ernie_cluster.request import MediaInput, RequestFailed, Span, TokenEvent
+from ernie_cluster.transport.choose import Endpoint
+
+NAMESPACE = "ernie_cluster"
+"""Ray namespace of our named actors."""
+
+Outcome = TokenEvent | RequestFailed
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """How a replica is reached."""
+
+    replica_id: str
+    incarnation: str
+    """Another one after each start."""
+    model: str
+    role: Role
+    node_id: str
+    actor_name: str
+    """Name of its rank 0 in `NAMESPACE`."""
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The replicas that serve one attempt, each with how to reach it."""
+
+    path: Path
+    encoder: ReplicaInfo | None
+    prefill: ReplicaInfo
+    decode: ReplicaInfo | None
+    """None when the prefill replica decodes too."""
+
+    @property
+    def replicas(self) -> tuple[ReplicaInfo, ...]:
+        return tuple(r for r in (self.encoder, self.prefill, self.decode) if r is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeTask:
+    """Pictures of one attempt for a vision replica."""
+
+    request_id: str
+    epoch: int
+    media: tuple[MediaInput, ...]
+    """In prompt order, with patches."""
+    destination: Endpoint
+    """The prefill replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeReport:
+    """What a vision replica did for a task."""
+
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Outcomes on their way to one API replica."""
+
+    number: int
+    """Ascending; the next poll acknowledges it."""
+    outcomes: tuple[Outcome, ...]

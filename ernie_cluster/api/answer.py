@@ -1,0 +1,182 @@
+"""The choices of one client request while they run: tokens in, merged pieces of text out.
+
+Knows neither OpenAI's objects nor HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, cast
+
+from ernie_cluster.api.backend import Backend
+from ernie_cluster.api.prepare import Job
+from ernie_cluster.api.processor import Detokenizer, Processor
+from ernie_cluster.api.stops import StopStringFilter
+from ernie_cluster.errors import Aborted, ReplicaError
+from ernie_cluster.request import FinishReason, GenerationRequest, Span, TokenEvent
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new in one choice."""
+
+    index: int
+    """Of the choice."""
+    text: str = ""
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+    def add(self, later: Delta) -> None:
+        self.text += later.text
+        self.num_tokens += later.num_tokens
+        self.finish_reason = later.finish_reason
+
+
+@dataclass(slots=True)
+class ChoiceText:
+    """Text of one choice. Takes its token events in order; holds back halves of characters and of stop strings."""
+
+    index: int
+    request: GenerationRequest
+    detokenizer: Detokenizer
+    stops: StopStringFilter
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    spans: list[Span] = field(default_factory=list)
+
+    def push(self, event: TokenEvent) -> Delta:
+        """Text that the event completes.
+
+        Raises:
+            ReplicaError: tokens are missing or came twice.
+            Aborted: the backend gave the request up.
+        """
+        if event.index != self.num_tokens:
+            raise ReplicaError(f"token {event.index} of the answer came where token {self.num_tokens} was due")
+        if event.finish_reason is FinishReason.ABORT:
+            raise Aborted("the request was aborted before it was finished")
+        min_tokens = self.request.sampling.min_tokens
+        ids = event.token_ids[: -1 if self._ends_with_stop_token(event) else None]
+        unsearched = ids[: max(0, min_tokens - self.num_tokens)]  # no stop string may end the answer before min_tokens
+        text = self.detokenizer.push(unsearched) if unsearched else ""
+        text += self.stops.push(self.detokenizer.push(ids[len(unsearched) :]))
+        self.num_tokens += len(event.token_ids)
+        self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
+        self.spans += event.spans
+        self.finish_reason = event.finish_reason
+        if event.finish_reason is not None:
+            text += self.stops.push(self.detokenizer.flush())
+            text += self.stops.flush()
+        if self.stops.matched is not None:
+            self.finish_reason = FinishReason.STOP
+        return Delta(self.index, text, len(event.token_ids), self.finish_reason)
+
+    def _ends_with_stop_token(self, event: TokenEvent) -> bool:
+        stop_tokens = self.request.eos_token_ids + self.request.sampling.stop_token_ids
+        return (
+            event.finish_reason is FinishReason.STOP
+            and event.token_ids[-1:] != ()
+            and event.token_ids[-1] in stop_tokens
+        )
+
+
+class Answer:
+    """Runs all choices of a job side by side; an async context manager that owns their backend iterators.
+
+    One task per choice reads the backend as fast as it delivers and merges the text; the owner takes what has
+    gathered when it suits him. A slow client thus costs one string per choice, at most `max_tokens` long.
+    Leaving the context, however that happens, aborts what still runs and waits until the backend has let go.
+    """
+
+    def __init__(self, backend: Backend, job: Job, processor: Processor) -> None:
+        self._backend = backend
+        self._num_answers = job.num_answers
+        self.choices: Sequence[ChoiceText] = [
+            ChoiceText(i, request, processor.detokenizer(), StopStringFilter(job.stop))
+            for i, request in enumerate(job.requests)
+        ]
+        self._pending: dict[int, Delta] = {}
+        self._num_running = len(self.choices)
+        self._error: BaseException | None = None
+        self._news = asyncio.Event()
+        self._readers: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._readers = [asyncio.create_task(self._read(choice)) for choice in self.choices]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens of all choices."""
+        return sum(c.num_tokens for c in self.choices)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens from a cache; a prompt counts once, however many answers it gets."""
+        by_prompt = [self.choices[i : i + self._num_answers] for i in range(0, len(self.choices), self._num_answers)]
+        return sum(max(c.num_cached_tokens for c in choices) for choices in by_prompt)
+
+    @property
+    def is_over(self) -> bool:
+        """Every choice is finished, and all its text taken."""
+        return not self._num_running and not self._pending and self._error is None
+
+    async def take(self) -> list[Delta]:
+        """All news since the last call, one delta per choice that has any; [] when every choice is finished.
+
+        Raises:
+            ErnieClusterError: a choice failed; raised after the text that came before has been taken.
+        """
+        while not self._pending and self._num_running and self._error is None:
+            self._news.clear()
+            await self._news.wait()
+        if not self._pending and self._error is not None:
+            raise self._error
+        news = list(self._pending.values())
+        self._pending.clear()
+        return news
+
+    async def _read(self, choice: ChoiceText) -> None:
+        try:
+            await self._read_events(choice)
+        except Exception as e:
+            self._error = self._error or e
+        except asyncio.CancelledError:  # ours, and nobody listens any more; or the backend's, and that must be told
+            self._error = self._error or ReplicaError("the answer was cancelled before it was finished")
+            raise
+        finally:
+            self._num_running -= 1
+            self._news.set()
+
+    async def _read_events(self, choice: ChoiceText) -> None:
+        # "Closing the iterator early" is aclose(), which all async generators have.
+        events = cast("AsyncGenerator[list[TokenEvent]]", self._backend.generate(choice.request))
+        async with aclosing(events):
+            async for batch in events:
+                for event in batch:
+                    self._publish(choice.push(event))
+                    if choice.finish_reason is not None:
+                        return
+        raise ReplicaError(f"the answer broke off after {choice.num_tokens} tokens without a reason")
+
+    def _publish(self, delta: Delta) -> None:
+        if self._error is not None:
+            return  # what came before the failure is still delivered, nothing after it
+        pending = self._pending.get(delta.index)
+        if pending is None:
+            self._pending[delta.index] = delta
+        else:
+            pending.add(delta)
+        self._news.set()

@@ -1,0 +1,45 @@
+"""Bounds that the API holds a request to before any work is done for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ernie_cluster.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ApiLimits:
+    """How much one client, and all clients together, may ask for."""
+
+    max_body_bytes: int = 32 * 2**20
+    """Largest request body; pictures travel in it as base64, a third larger than the files."""
+    body_timeout_s: float = 60.0
+    """A body must have arrived whole within this."""
+    max_json_depth: int = 32
+    """Deepest nesting of lists and objects."""
+    max_json_items: int = 500_000
+    """Most `[`, `{` and `,` in a body: a list of three bytes costs 64 bytes once it is parsed."""
+    max_messages: int = 1024
+    max_prompts: int = 64
+    """Most prompts in one completion request."""
+    max_tools: int = 128
+    max_n: int = 8
+    """Most answers per prompt."""
+    max_stop: int = 16
+    """Most stop strings."""
+    default_max_tokens: int = 256
+    """Answer length when the client names none; the rest of the context where that is smaller."""
+    request_timeout_s: float = 600.0
+    """From the request's first byte to the answer's last."""
+    preprocess_threads: int = 2
+    """Threads that parse bodies, decode pictures and tokenise."""
+    max_preparing: int = 256
+    """Requests waiting for those threads or on them; the next one is told to come back."""
+    max_in_flight: int = 1024
+    """Requests being read, prepared or answered; the next one is told to come back."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ConfigError(f"api.{field.name} is {value}; it must be above 0")

@@ -1,0 +1,172 @@
+"""From a checked body to the requests that answer it: one per choice. CPU work, for a worker thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ernie_cluster.api.limits import ApiLimits
+from ernie_cluster.api.processor import Processor
+from ernie_cluster.api.schemas import ChatBody, CompletionBody, GenerationBody, prompts_of
+from ernie_cluster.errors import ContextTooLong, InvalidRequest
+from ernie_cluster.request import GenerationRequest, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that answering one client request takes."""
+
+    response_id: str
+    requests: tuple[GenerationRequest, ...]
+    """By choice index, `prompt * num_answers + answer`."""
+    num_answers: int
+    """Choices per prompt."""
+    stop: tuple[str, ...]
+    is_stream: bool
+    has_usage: bool
+    """A stream tells its usage at the end; an answer in one piece always does."""
+    has_timeline: bool
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt counts once, however many answers it gets."""
+        return sum(r.num_prompt_tokens for r in self.requests[:: self.num_answers])
+
+
+def prepare(
+    body: GenerationBody, processor: Processor, limits: ApiLimits, *, response_id: str, seed: int, timeout_s: float
+) -> Job:
+    """Build the requests of all choices.
+
+    Args:
+        body: a `ChatBody` or a `CompletionBody`.
+        processor: of the model that the body names.
+        limits: bounds of the API.
+        response_id: unique; the requests are called `<response_id>-<choice>`.
+        seed: used where the client gives none; answer i of a prompt draws from seed + i.
+        timeout_s: what is left of the request's time.
+
+    Raises:
+        InvalidRequest: names the field; ContextTooLong: prompt or answer do not fit the model.
+    """
+    _check_counts(body, limits)
+    sampling = sampling_of(body, processor, seed)
+    num_answers = body.n or 1
+    requests = [
+        replace(
+            request,
+            request_id=f"{response_id}-{p * num_answers + i}",
+            sampling=replace(request.sampling, seed=(sampling.seed + i) % 2**64),
+        )
+        for p, prompt in enumerate(_prompts(body, processor, limits, response_id, sampling, timeout_s))
+        for i, request in enumerate([_fit(prompt, body, processor, limits)] * num_answers)
+    ]
+    return Job(
+        response_id=response_id,
+        requests=tuple(requests),
+        num_answers=num_answers,
+        stop=tuple(body.stop),
+        is_stream=bool(body.stream),
+        has_usage=body.stream_options is not None and body.stream_options.include_usage,
+        has_timeline=bool(body.include_timeline),
+    )
+
+
+def sampling_of(body: GenerationBody, processor: Processor, seed: int) -> SamplingParams:
+    """Sampling parameters, token ids checked against the vocabulary; `max_tokens` is 1 until `_fit` settles it."""
+    bias = tuple((int(token), value) for token, value in (body.logit_bias or {}).items())
+    _check_tokens([token for token, _ in bias], "logit_bias", processor)
+    _check_tokens(body.stop_token_ids or [], "stop_token_ids", processor)
+    given: dict[str, Any] = {
+        "max_tokens": 1,
+        "min_tokens": body.min_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": None if body.top_k == -1 else body.top_k,
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "stop_token_ids": None if body.stop_token_ids is None else tuple(body.stop_token_ids),
+        "ignore_eos": body.ignore_eos,
+    }
+    return SamplingParams(
+        seed=(seed if body.seed is None else body.seed) % 2**64,
+        logit_bias=bias,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _prompts(
+    body: GenerationBody,
+    processor: Processor,
+    limits: ApiLimits,
+    response_id: str,
+    sampling: SamplingParams,
+    timeout_s: float,
+) -> Iterator[GenerationRequest]:
+    if isinstance(body, ChatBody):
+        options = body.chat_template_kwargs
+        tools = body.tools if body.tools and body.tool_choice != "none" else []
+        yield processor.chat(
+            [m.model_dump(exclude_none=True) for m in body.messages],
+            request_id=response_id,
+            sampling=sampling,
+            enable_thinking=None if options is None else options.enable_thinking,
+            tools=[t.model_dump(exclude_none=True) for t in tools] or None,
+            timeout_s=timeout_s,
+        )
+        return
+    assert isinstance(body, CompletionBody)
+    prompts = prompts_of(body.prompt)
+    _check_at_most(len(prompts), limits.max_prompts, "prompt", "prompts")
+    for prompt in prompts:
+        yield processor.completion(prompt, request_id=response_id, sampling=sampling, timeout_s=timeout_s)
+
+
+def _fit(
+    request: GenerationRequest, body: GenerationBody, processor: Processor, limits: ApiLimits
+) -> GenerationRequest:
+    """Settle `max_tokens` now that the prompt's length is known."""
+    num_prompt_tokens, most = request.num_prompt_tokens, processor.max_model_len
+    room = most - num_prompt_tokens
+    prompt_field = "messages" if isinstance(body, ChatBody) else "prompt"
+    if room < 1:
+        raise ContextTooLong(
+            f"the prompt has {num_prompt_tokens} tokens and the context {most}; no token is left for an answer",
+            prompt_field,
+        )
+    name, asked = body.asked_max_tokens
+    if asked is not None and asked > room:
+        raise ContextTooLong(
+            f"{num_prompt_tokens} prompt tokens and {name} {asked} exceed the context of {most}; ask for at most {room}",
+            name,
+        )
+    max_tokens = min(limits.default_max_tokens, room) if asked is None else asked
+    if request.sampling.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens {request.sampling.min_tokens} is above the answer's limit of {max_tokens} tokens", "min_tokens"
+        )
+    return replace(request, sampling=replace(request.sampling, max_tokens=max_tokens))
+
+
+def _check_counts(body: GenerationBody, limits: ApiLimits) -> None:
+    _check_at_most(body.n or 1, limits.max_n, "n", "answers")
+    _check_at_most(len(body.stop), limits.max_stop, "stop", "stop strings")
+    if isinstance(body, ChatBody):
+        _check_at_most(len(body.messages), limits.max_messages, "messages", "messages")
+        _check_at_most(len(body.tools or ()), limits.max_tools, "tools", "tools")
+
+
+def _check_at_most(count: int, limit: int, param: str, what: str) -> None:
+    if count > limit:
+        raise InvalidRequest(f"{param}: {count} {what} are too many; the limit is {limit}", param)
+
+
+def _check_tokens(token_ids: list[int], param: str, processor: Processor) -> None:
+    """An id beyond the vocabulary would be read outside a table by the engine."""
+    vocab_size = processor.vocab_size
+    bad = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(f"{param}: token id {bad} is not in [0, {vocab_size})", param)

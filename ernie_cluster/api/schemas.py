@@ -1,0 +1,271 @@
+"""Request bodies of the two generation routes, in OpenAI's spelling.
+
+Types are strict ("1" and true are no numbers, NaN is none either); unknown fields are ignored, as OpenAI does; fields
+that would change the answer and cannot be honoured are refused by name. Bounds that need the configuration or the
+model are checked in `prepare.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+
+from ernie_cluster.errors import InvalidRequest
+
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+B = TypeVar("B", bound="GenerationBody")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """OpenAI's `stream_options`."""
+
+    include_usage: bool = False
+
+
+class TemplateOptions(_Strict):
+    """What a client may tell the chat template."""
+
+    enable_thinking: bool | None = None
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+class GenerationBody(_Strict):
+    """What both routes share. None means: not given."""
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """OpenAI's newer name; counts before `max_tokens`."""
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    """0 and -1 keep all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=1024),
+        ]
+        | None
+    ) = None
+    """Token id, as decimal digits, to what is added to its logit."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=256)]], Field(fail_fast=True), BeforeValidator(_as_list)
+    ] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    include_timeline: bool | None = None
+    """Ours: attach the stages of the request's journey to the answer."""
+
+    @property
+    def asked_max_tokens(self) -> tuple[str, int | None]:
+        """Name and value of the field that bounds the answer."""
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+
+class ImageUrl(_Strict):
+    """The server fetches nothing: a picture travels inside its URL."""
+
+    url: Annotated[str, Field(pattern=r"^data:")]
+
+
+class TextPart(_Strict):
+    """Words."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Strict):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _part_tag(part: Any) -> str:
+    return f"<{part.get('type') if isinstance(part, dict) else None}>"
+
+
+def _content_tag(content: Any) -> str:
+    return "<parts>" if isinstance(content, list) else "<text>"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    Discriminator(
+        _part_tag,
+        custom_error_type="part_type",
+        custom_error_message="a part must be an object whose type is text or image_url",
+    ),
+]
+Content = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[Part], Field(min_length=1, fail_fast=True), Tag("<parts>")],
+    Discriminator(_content_tag),
+]
+
+
+class CalledFunction(_Strict):
+    """A function as the model called it; `arguments` is JSON text."""
+
+    name: str
+    arguments: str | None = None
+
+
+class ToolCall(_Strict):
+    """A call in an earlier turn of the assistant."""
+
+    id: str | None = None
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Function(_Strict):
+    """A function that the model may call; `parameters` is a JSON schema, which only the template reads."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(_Strict):
+    """OpenAI's wrapping of a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Message(_Strict):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(GenerationBody):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+
+
+class CompletionBody(GenerationBody):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Any
+    """See `prompts_of`."""
+
+
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logprobs": (None, False),
+    "modalities": (None, ["text"]),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "top_logprobs": (None, 0),
+}
+"""Fields of OpenAI's that are not supported, and the values with which they ask for nothing."""
+
+
+def parse_body(kind: type[B], raw: dict[str, Any]) -> B:
+    """Check types and ranges.
+
+    Raises:
+        InvalidRequest: names the first field at fault.
+    """
+    for name, harmless in _HARMLESS.items():
+        value = raw.get(name)
+        if not any(type(value) is type(h) and value == h for h in harmless):
+            raise InvalidRequest(f"{name} is not supported here; leave it out", name, "unsupported_parameter")
+    try:
+        body = kind.model_validate(raw)
+    except ValidationError as e:
+        error = e.errors(include_url=False, include_context=False)[0]
+        param = _param(error["loc"])
+        got = "" if error["type"] == "missing" else f" (got {_short(error['input'])})"
+        raise InvalidRequest(f"{param}: {error['msg']}{got}", param) from None
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options is only for stream: true", "stream_options")
+    if isinstance(body, ChatBody):
+        _check_contents(body.messages)
+    return body
+
+
+def prompts_of(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a completion request: a string, a list of token ids, or a list of either.
+
+    Raises:
+        InvalidRequest: anything else, or an empty prompt.
+    """
+    many = prompt if isinstance(prompt, list) and not _are_tokens(prompt) else [prompt]
+    if not many:
+        raise InvalidRequest("prompt is an empty list; give at least one prompt", "prompt")
+    for i, one in enumerate(many):
+        if not one or not (isinstance(one, str) or _are_tokens(one)):
+            param = "prompt" if many is not prompt else f"prompt[{i}]"
+            raise InvalidRequest(
+                f"{param}: give a non-empty string, a list of token ids, or a list of these (got {_short(one)})", param
+            )
+    return many
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+def _check_contents(messages: Sequence[Message]) -> None:
+    for i, message in enumerate(messages):
+        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+            raise InvalidRequest(f"messages[{i}].content is missing", f"messages[{i}].content")
+
+
+def _param(loc: Sequence[int | str]) -> str:
+    """`("messages", 0, "content", "<parts>", 1, "<text>", "text")` is `messages[0].content[1].text`."""
+    out = ""
+    for part in loc:
+        if isinstance(part, int):
+            out += f"[{part}]"
+        elif part == "[key]":
+            break
+        elif not part.startswith("<"):
+            out += f".{part[:64]}" if out else part
+    return out
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    """The value itself if it is a scalar, else its type: errors do not send a client's data back to it."""
+    if isinstance(value, (dict, list)):
+        return f"an object with {len(value)} fields" if isinstance(value, dict) else f"a list of {len(value)}"
+    if isinstance(value, str):
+        return repr(value if len(value) <= limit else value[:limit] + "...")
+    return repr(value)[:limit]

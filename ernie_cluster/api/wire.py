@@ -1,0 +1,75 @@
+"""One HTTP response on its way out, and the client's presence while it is made. ASGI only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.types import Receive, Send
+
+from ernie_cluster.errors import Aborted
+
+T = TypeVar("T")
+
+
+class Wire:
+    """Sends one response. Its status line goes out with the first bytes; an error before that can have its own."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.is_stream_open = False
+        """Events have been sent, and more may follow."""
+        self.is_broken = False
+        """The client is gone; nothing can be told to it."""
+
+    async def write_whole(self, body: bytes) -> None:
+        """A JSON answer in one piece. Raises Aborted when the client is gone."""
+        await self._start((b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)))
+        await self._put({"type": "http.response.body", "body": body})
+
+    async def write_events(self, events: bytes, *, is_last: bool) -> None:
+        """Server-sent events. Raises Aborted when the client is gone."""
+        if not self.is_stream_open:
+            self.is_stream_open = True
+            await self._start(
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-store"),
+                (b"x-accel-buffering", b"no"),  # nginx would gather the events otherwise
+            )
+        await self._put({"type": "http.response.body", "body": events, "more_body": not is_last})
+        self.is_stream_open = not is_last
+
+    async def _start(self, *headers: tuple[bytes, bytes]) -> None:
+        await self._put({"type": "http.response.start", "status": 200, "headers": list(headers)})
+
+    async def _put(self, message: dict[str, Any]) -> None:
+        try:
+            await self._send(message)
+        except OSError:  # what ASGI servers raise when the connection is closed
+            self.is_broken = True
+            raise Aborted("the client left") from None
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Result of `work`, which is cancelled when the client leaves first. The request's body must have been read.
+
+    Raises:
+        Aborted: the client left; `work` has come to its end.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Aborted("the client left")
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

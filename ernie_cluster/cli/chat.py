@@ -1,0 +1,219 @@
+"""A chat in the terminal with any server that speaks OpenAI's API. Knows nothing of this package but errors."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import mimetypes
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from ernie_cluster.errors import ErnieClusterError, InvalidRequest
+
+HELP = "Type a message. /image PATH puts a picture into the next one, /new starts over, /quit leaves."
+TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the `chat` command; their values are what `run` takes."""
+    parser.description = "Chat with a running server in the terminal."
+    parser.add_argument("prompt", nargs="?", help="first message; asked for when absent")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="server (default: %(default)s)")
+    parser.add_argument("--model", help="served model name (default: the first that the server lists)")
+    parser.add_argument("--image", dest="images", action="append", default=[], metavar="PATH", help="may be repeated")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="per answer (default: %(default)s)")
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="let the model think aloud, or not")
+    parser.add_argument("--once", action="store_true", help="leave after the first answer")
+
+
+def main(args: argparse.Namespace) -> int:
+    """The `chat` command."""
+    return run(args.url, args.model, args.images, args.prompt, args.system, args.max_tokens, args.thinking, args.once)
+
+
+def run(
+    url: str,
+    model: str | None = None,
+    images: Sequence[str] = (),
+    prompt: str | None = None,
+    system: str | None = None,
+    max_tokens: int = 1024,
+    thinking: bool | None = None,
+    once: bool = False,
+    *,
+    transport: httpx.BaseTransport | None = None,
+) -> int:
+    """Chat until the user has enough.
+
+    Returns:
+        Exit code: 0, or 1 when the server cannot be reached, an image cannot be read, or (`once`) there is no answer.
+    """
+    base_url = url.rstrip("/").removesuffix("/v1")
+    with httpx.Client(base_url=base_url, timeout=TIMEOUT, transport=transport) as client:
+        try:
+            chat = Chat(client, model or first_model(client), system, max_tokens, thinking)
+            for path in images:
+                chat.attach(path)
+        except (ErnieClusterError, httpx.HTTPError, OSError) as e:
+            return _complain(e, base_url)
+        if not once:
+            print(f"{chat.model} at {base_url}. {HELP}")
+        return _converse(chat, prompt, base_url, once)
+
+
+def _converse(chat: Chat, prompt: str | None, base_url: str, once: bool) -> int:
+    while True:
+        line = prompt or _read_line()
+        prompt = None
+        if line is None or line == "/quit":
+            return 0
+        code = _obey(chat, line, base_url)
+        if once:
+            return code
+
+
+def _obey(chat: Chat, line: str, base_url: str) -> int:
+    """Do what one line says; exit code if it were the last."""
+    command, _, argument = line.partition(" ")
+    try:
+        if command == "/image":
+            chat.attach(argument.strip())
+            print(f"The next message shows {argument.strip()}.")
+        elif command == "/new":
+            chat.restart()
+        elif command.startswith("/"):
+            print(HELP)
+        elif line.strip():
+            for text in chat.say(line):
+                print(printable(text), end="", flush=True)
+            print()
+    except KeyboardInterrupt:
+        print(" (stopped)")
+    except (ErnieClusterError, httpx.HTTPError, OSError) as e:
+        return _complain(e, base_url)
+    return 0
+
+
+@dataclass
+class Chat:
+    """One conversation. A turn that fails leaves no trace in it."""
+
+    client: httpx.Client
+    model: str
+    system: str | None = None
+    max_tokens: int = 1024
+    thinking: bool | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    """Parts that wait for the next message."""
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.pictures = []
+
+    def attach(self, path: str) -> None:
+        """Put a picture into the next message.
+
+        Raises:
+            InvalidRequest: not the name of a picture; OSError: the file cannot be read.
+        """
+        kind = mimetypes.guess_type(path)[0]
+        if kind is None or not kind.startswith("image/"):
+            raise InvalidRequest(f"{path!r} is not a picture by its name; use for example .png or .jpg")
+        data = base64.b64encode(Path(path).expanduser().read_bytes()).decode()
+        self.pictures.append({"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
+
+    def say(self, text: str) -> Iterator[str]:
+        """Send a message; yields the answer as it comes.
+
+        Raises:
+            ErnieClusterError: the server refused, or the answer broke off.
+        """
+        content: Any = [*self.pictures, {"type": "text", "text": text}] if self.pictures else text
+        messages = [*self.messages, {"role": "user", "content": content}]
+        answer = ""
+        for piece in self._stream(messages):
+            answer += piece
+            yield piece
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self.pictures = []
+
+    def _stream(self, messages: list[dict[str, Any]]) -> Iterator[str]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": self.max_tokens,
+            "stream": True,
+        }
+        if self.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": self.thinking}
+        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                response.read()
+                raise ErnieClusterError(_message(response))
+            for line in response.iter_lines():
+                if line == "data: [DONE]":
+                    return
+                if line.startswith("data: "):
+                    yield _text(json.loads(line[6:]))
+        raise ErnieClusterError("the answer broke off; ask again")
+
+
+def first_model(client: httpx.Client) -> str:
+    """Name of the first model that the server lists."""
+    response = client.get("/v1/models")
+    if response.status_code != 200:
+        raise ErnieClusterError(_message(response))
+    try:
+        return str(response.json()["data"][0]["id"])
+    except (ValueError, LookupError, TypeError):
+        raise ErnieClusterError("the server lists no model; name one with --model") from None
+
+
+def printable(text: str) -> str:
+    """Without control characters, with which a model could rule the terminal; line breaks and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+
+
+def _text(event: dict[str, Any]) -> str:
+    if "error" in event:
+        raise ErnieClusterError(str(event["error"].get("message", event["error"])))
+    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+
+
+def _message(response: httpx.Response) -> str:
+    """What an error response says, with its status."""
+    try:
+        text = response.json()["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        text = response.text[:200] or "no explanation"
+    return f"{text} (HTTP {response.status_code})"
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _complain(error: Exception, base_url: str) -> int:
+    if isinstance(error, httpx.TransportError):
+        reason = str(error) or type(error).__name__
+        text = f"{base_url} cannot be reached ({reason}); is the server running? Name another one with --url."
+    else:
+        text = str(error)
+    print(printable(text), file=sys.stderr)
+    return 1

@@ -1,0 +1,63 @@
+"""`ernie-cluster serve`: serve the models of a configuration until interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+
+from ernie_cluster.cli.config import add_config_arguments, read_config
+from ernie_cluster.cli.progress import Progress
+
+_EXAMPLES = """\
+examples:
+  ernie-cluster serve cluster.yaml
+  ernie-cluster serve cluster.yaml --set api.port=9000 --set models.0.engine.max_num_seqs=32
+  ernie-cluster serve cluster.yaml --address auto      on the Ray cluster that this machine belongs to
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        default=os.environ.get("RAY_ADDRESS"),
+        help="Ray cluster to join, `auto` for the local one; default: $RAY_ADDRESS, else a new one on this machine",
+    )
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", type=float, default=1800.0, help="give up when not ready by then (default 1800)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    config = read_config(args)
+    progress = Progress()
+    progress("loading")
+    from ernie_cluster.actors import launch  # Ray takes a second to import
+
+    launch.check(config)
+    launch.start_ray(config, args.address, progress)
+    try:
+        launch.start(config, progress, timeout_s=args.timeout)
+        url = base_url(config.api.host, config.api.port)
+        progress(f"ready: {url}/v1 serves {', '.join(m.name for m in config.models)}; Ctrl-C stops")
+        wait_for_signal()
+    finally:
+        launch.stop(progress, is_ours=args.address is None)
+    return 0
+
+
+def base_url(host: str, port: int) -> str:
+    """What a client on this machine connects to."""
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+def wait_for_signal() -> None:
+    """Until SIGINT or SIGTERM."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()

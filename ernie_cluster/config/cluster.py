@@ -1,0 +1,303 @@
+"""The whole configuration of one application: values, frozen, checked at birth.
+
+What follows from a field is a property, never a second field. Names carry their units; `config.load` reads sizes
+("256MiB") into `*_bytes` and durations ("30s") into `*_s`. Knows no file format, no Ray and no device.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.errors import ConfigError, UnknownModel
+
+Role = Literal["vision", "prefill", "decode", "mixed"]
+Device = Literal["auto", "cpu", "cuda"]
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+def _check_range(owner: object, low: float, *names: str, high: float = math.inf) -> None:
+    """Raise ConfigError unless each named field is finite and within [low, high]; None passes."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is None or (math.isfinite(value) and low <= value <= high):
+            continue
+        bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise ConfigError(f"{name} = {value} must be {bound}")
+
+
+def _check_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} = {value} must be greater than 0")
+
+
+def _check_unique(what: str, values: Collection[str]) -> None:
+    twice = sorted({v for v in values if list(values).count(v) > 1})
+    if twice:
+        raise ConfigError(f"{what} {', '.join(map(repr, twice))} appears more than once; give each its own")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine: the same for all replicas of a model. Sizes are per rank."""
+
+    block_size: int = 16
+    """Tokens per KV block, at least 1."""
+    kv_cache_bytes: int = 256 * MIB
+    """Bytes of KV cache per rank, at least 1; what does not fill a block is not used."""
+    max_batch_tokens: int = 2048
+    """Tokens per step, prefill chunks included; at least `max_num_seqs`, as each running sequence takes one."""
+    max_num_seqs: int = 64
+    """Sequences that run at the same time, at least 1."""
+    enable_prefix_cache: bool = True
+    """Keep full blocks of finished prompts and share them with prompts that begin alike."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and KV; auto is the checkpoint's own."""
+    device: Device = "auto"
+    """auto: cuda where the replica was given a GPU, else cpu."""
+    num_threads: int = 0
+    """CPU threads per rank; 0 = as many as the cores that the replica was given."""
+    max_model_len: int | None = None
+    """Most tokens of one sequence, prompt and output together, at least 2; None = the model's own bound."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "block_size", "kv_cache_bytes", "max_batch_tokens", "max_num_seqs")
+        _check_range(self, 0, "num_threads")
+        _check_range(self, 2, "max_model_len")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_batch_tokens = {self.max_batch_tokens} must be at least max_num_seqs = {self.max_num_seqs}: "
+                "each running sequence takes one token of every step"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """All replicas of one role of one model."""
+
+    role: Role
+    """What the replicas do at first; vision: pictures to embeddings, mixed: prefill and decode in one place."""
+    num_replicas: int = 1
+    """Replicas, at least 1; each is a gang of `tp * dp` ranks."""
+    num_cpus: float = 1.0
+    """CPU cores per rank, more than 0; fractions share a core."""
+    num_gpus: float = 0.0
+    """GPUs per rank, 0 to 1; fractions share a GPU."""
+    tp: int = 1
+    """Tensor-parallel ranks, at least 1; 1 in vision pools."""
+    dp: int = 1
+    """Data-parallel groups of `tp` ranks, at least 1; 1 in vision pools."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "num_replicas")
+        _check_positive(self, "num_cpus")
+        _check_range(self, 0, "num_gpus", high=1)
+        world = self.dims.world  # checks both
+        if self.role == "vision" and world > 1:
+            raise ConfigError(
+                f"vision pool: tp * dp = {self.tp} * {self.dp} = {world} must be 1; "
+                "a picture is encoded on one rank, so raise num_replicas instead"
+            )
+
+    @property
+    def dims(self) -> ParallelDims:
+        """How one replica's ranks split the model."""
+        return ParallelDims(self.tp, self.dp)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDeployment:
+    """One served model.
+
+    That a model with pictures has a vision pool can be checked only beside its checkpoint: see `check_media`.
+    """
+
+    name: str
+    """What clients put into the field `model`; letters, digits and any of `. _ : / @ + -`."""
+    path: str
+    """Checkpoint folder with config.json, tokenizer and *.safetensors, the same on every node."""
+    pools: tuple[PoolConfig, ...]
+    """One per role: mixed, or prefill and decode, or all three; and vision where pictures are to be served."""
+    engine: EngineConfig = EngineConfig()
+    """The same for all pools."""
+    image_min_pixels: int | None = None
+    """Smaller pictures are enlarged to this, at least 1; None = the checkpoint's preprocessor_config.json."""
+    image_max_pixels: int | None = None
+    """Larger pictures are shrunk to this, at least `image_min_pixels`; None = the checkpoint's own."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.:/@+-]+", self.name):
+            raise ConfigError(f"name = {self.name!r} must be letters, digits or any of . _ : / @ + -")
+        if not self.path:
+            raise ConfigError("path is empty; name a checkpoint folder")
+        self._check_pools()
+        _check_range(self, 1, "image_min_pixels", "image_max_pixels")
+        if self.image_min_pixels and self.image_max_pixels and self.image_max_pixels < self.image_min_pixels:
+            raise ConfigError(
+                f"image_max_pixels = {self.image_max_pixels} must be at least image_min_pixels = {self.image_min_pixels}"
+            )
+
+    def _check_pools(self) -> None:
+        _check_unique("pool role", [p.role for p in self.pools])
+        roles = {p.role for p in self.pools}
+        missing = {"prefill", "decode"} - roles
+        if len(missing) == 1:
+            lone = ({"prefill", "decode"} & roles).pop()
+            raise ConfigError(f"pools of {self.name!r}: {lone} needs {missing.pop()} beside it; add it, or use mixed")
+        if missing and "mixed" not in roles:
+            raise ConfigError(f"pools of {self.name!r}: {sorted(roles)} cannot serve; add mixed, or prefill and decode")
+        for pool in self.pools:
+            if self.engine.device == "cuda" and not pool.num_gpus:
+                raise ConfigError(
+                    f"pools of {self.name!r}: {pool.role} has num_gpus = 0 but engine.device is cuda; "
+                    "give it GPUs, or set device to auto"
+                )
+
+    def pool(self, role: Role) -> PoolConfig | None:
+        """The pool of this role, or None."""
+        return next((p for p in self.pools if p.role == role), None)
+
+    def check_media(self, *, is_multimodal: bool) -> None:
+        """Hold the pools against the checkpoint.
+
+        Raises:
+            ConfigError: a vision pool for a model without eyes. (A multimodal model without one serves text only.)
+        """
+        if self.pool("vision") and not is_multimodal:
+            raise ConfigError(
+                f"pools of {self.name!r}: the checkpoint {self.path} is text-only; remove the vision pool"
+            )
+
+    @property
+    def has_vision_pool(self) -> bool:
+        """Whether pictures can be served."""
+        return self.pool("vision") is not None
+
+
+@dataclass(frozen=True, slots=True)
+class TransportConfig:
+    """How KV and embeddings travel between replicas."""
+
+    kind: Literal["auto", "local", "shared_memory", "object_store"] = "auto"
+    """auto: shared memory inside a node, the object store between nodes; local: one process, for tests."""
+    piece_bytes: int = 4 * MIB
+    """Largest piece that is sent and checksummed at once, at least 1."""
+    staging_bytes: int = 64 * MIB
+    """Buffer per replica for what is on its way, at least `piece_bytes`."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "piece_bytes")
+        if self.staging_bytes < self.piece_bytes:
+            raise ConfigError(
+                f"staging_bytes = {self.staging_bytes} must be at least piece_bytes = {self.piece_bytes}: "
+                "it has to hold one piece"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Limits of admission and routing."""
+
+    reserve_output_tokens: int = 256
+    """Output tokens (or `max_tokens` if fewer) for which decode blocks are reserved at the start; at least 1."""
+    lease_timeout_s: float = 30.0
+    """A lease without a sign of life for this long is taken back; more than `heartbeat_timeout_s`."""
+    snapshot_interval_s: float = 0.25
+    """Pause between two snapshots of one replica, more than 0."""
+    heartbeat_timeout_s: float = 2.0
+    """A replica without a snapshot for this long is not used; more than `snapshot_interval_s`."""
+    max_queued_tokens: int = 131_072
+    """A replica with this many prompt (vision: media) tokens waiting takes no more; at least 1."""
+    retry_after_s: float = 1.0
+    """What a refused client is told to wait, more than 0."""
+    max_attempts: int = 2
+    """Tries per request, the first included, when replicas are lost; at least 1."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "reserve_output_tokens", "max_queued_tokens", "max_attempts")
+        _check_positive(self, "snapshot_interval_s", "heartbeat_timeout_s", "lease_timeout_s", "retry_after_s")
+        for longer, shorter in (
+            ("heartbeat_timeout_s", "snapshot_interval_s"),
+            ("lease_timeout_s", "heartbeat_timeout_s"),
+        ):
+            if getattr(self, longer) <= getattr(self, shorter):
+                raise ConfigError(
+                    f"{longer} = {getattr(self, longer)} must be more than {shorter} = {getattr(self, shorter)}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class ApiConfig:
+    """The front door, and what it lets in."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 = all interfaces."""
+    port: int = 8000
+    """HTTP port, 1 to 65535."""
+    num_replicas: int = 1
+    """API replicas, at least 1."""
+    max_body_bytes: int = 32 * MIB
+    """Largest request body, at least 1."""
+    max_image_bytes: int = 20 * MIB
+    """Largest encoded picture, fetched or inline; at least 1."""
+    max_image_pixels: int = 50_000_000
+    """Largest picture by width * height before decoding, at least 1."""
+    max_images: int = 32
+    """Most pictures per request; 0 refuses all."""
+    max_json_depth: int = 32
+    """Deepest nesting of a request body, at least 8: chat messages with tools need that much."""
+    request_timeout_s: float = 600.0
+    """Deadline of a request that brings none, and the most that one may ask for; more than 0."""
+    default_max_tokens: int = 256
+    """Output tokens of a request that does not say, at least 1."""
+    preprocess_threads: int = 2
+    """Threads per API replica that decode and resize pictures, at least 1."""
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise ConfigError("host is empty; use 127.0.0.1, or 0.0.0.0 for all interfaces")
+        _check_range(self, 1, "port", high=65535)
+        _check_range(self, 1, "num_replicas", "max_body_bytes", "max_image_bytes", "max_image_pixels")
+        _check_range(self, 1, "default_max_tokens", "preprocess_threads")
+        _check_range(self, 0, "max_images")
+        _check_range(self, 8, "max_json_depth")
+        _check_positive(self, "request_timeout_s")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Everything that one application serves, and how."""
+
+    models: tuple[ModelDeployment, ...]
+    """Served models, at least one, with different names."""
+    router: RouterConfig = RouterConfig()
+    """Limits of admission and routing, the same for all models."""
+    api: ApiConfig = ApiConfig()
+    """The front door."""
+    transport: TransportConfig = TransportConfig()
+    """How KV and embeddings travel."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("models is empty; name at least one, for example {preset: tiny, path: FOLDER}")
+        _check_unique("model name", [m.name for m in self.models])
+
+    def model(self, name: str) -> ModelDeployment:
+        """The deployment that serves `name`.
+
+        Raises:
+            UnknownModel: none does; the message lists those that are served.
+        """
+        for deployment in self.models:
+            if deployment.name == name:
+                return deployment
+        raise UnknownModel(f"model {name!r} is not served here; known: {', '.join(m.name for m in self.models)}")

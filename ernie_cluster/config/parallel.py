@@ -1,0 +1,87 @@
+"""How the ranks of one replica split a model, with the arithmetic that it must obey.
+
+Attention is tensor-parallel over `tp` and data-parallel over `dp`; experts are spread whole over all `tp * dp` ranks.
+Knows no process group and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.errors import ConfigError
+
+
+class Coordinates(NamedTuple):
+    """Place of one rank on each axis."""
+
+    dp_rank: int
+    tp_rank: int
+    ep_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelDims:
+    """Sizes of the axes of one replica's ranks."""
+
+    tp: int = 1
+    """Ranks that share one token's attention heads and MLP columns; at least 1."""
+    dp: int = 1
+    """Groups of `tp` ranks, each with its own tokens; at least 1."""
+
+    def __post_init__(self) -> None:
+        for axis, size in (("tp", self.tp), ("dp", self.dp)):
+            if size < 1:
+                raise ConfigError(f"{axis} = {size} must be at least 1")
+
+    @property
+    def world(self) -> int:
+        """Ranks of one replica, tp * dp."""
+        return self.tp * self.dp
+
+    @property
+    def ep(self) -> int:
+        """Ranks that share the experts: all of them."""
+        return self.world
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Coordinates of a rank; neighbours in `rank` are neighbours in tp. tp 4, dp 2: rank 6 is (1, 2, 6)."""
+        assert 0 <= rank < self.world, f"rank {rank} is outside [0, {self.world})"
+        return Coordinates(dp_rank=rank // self.tp, tp_rank=rank % self.tp, ep_rank=rank)
+
+    def rank(self, dp_rank: int, tp_rank: int) -> int:
+        """Rank at these coordinates; the inverse of `coordinates`."""
+        assert 0 <= dp_rank < self.dp, f"dp_rank {dp_rank} is outside [0, {self.dp})"
+        assert 0 <= tp_rank < self.tp, f"tp_rank {tp_rank} is outside [0, {self.tp})"
+        return dp_rank * self.tp + tp_rank
+
+    def check(self, model: ModelConfig) -> None:
+        """Hold every size of the model that is split against the axis that splits it.
+
+        Raises:
+            ConfigError: one does not divide; the message shows the equation with its numbers, and sizes that do.
+        """
+        for name, size, axis, parts in self._splits(model):
+            if size % parts:
+                raise ConfigError(
+                    f"{name} % {axis} = {size} % {parts} = {size % parts}, must be 0 "
+                    f"(tp = {self.tp}, dp = {self.dp}, ep = tp * dp = {self.ep}); "
+                    f"{axis} can be {', '.join(map(str, _divisors(size)))}"
+                )
+
+    def _splits(self, model: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
+        """(name, size, axis, parts) of everything that is split."""
+        text = model.text
+        yield "num_heads", text.num_heads, "tp", self.tp
+        yield "num_kv_heads", text.num_kv_heads, "tp", self.tp
+        yield "intermediate_size", text.intermediate_size, "tp", self.tp
+        yield "shared_intermediate_size", text.shared_intermediate_size, "tp", self.tp
+        for name, pool in (("text_experts", text.text_experts), ("vision_experts", text.vision_experts)):
+            if pool is not None:
+                yield f"{name}.num_experts", pool.num_experts, "ep", self.ep
+
+
+def _divisors(size: int, limit: int = 64) -> list[int]:
+    return [n for n in range(1, min(size, limit) + 1) if size % n == 0]

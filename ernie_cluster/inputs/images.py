@@ -1,0 +1,307 @@
+"""Picture bytes of a stranger to patches of the ViT.
+
+Two steps: `open_image` makes 8-bit RGB of whatever was sent, or refuses it before memory is spent; `to_patches`
+resizes and cuts by the rules the models were trained with (`smart_resize` and bicubic by Pillow, as in the original
+processor). Patches stay uint8: the vision replica normalises them, which sends a quarter of the bytes. Knows no
+prompt and no network.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ernie_cluster.errors import CheckpointError, InvalidRequest
+from ernie_cluster.request import MediaKind, hash_media
+
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What is accepted from a client; checked before a pixel is decoded."""
+
+    max_bytes: int = 20 * 2**20
+    """Of the encoded file."""
+    max_pixels: int = 50_000_000
+    """Width x height by the file's header; decoding takes up to 4 bytes for each."""
+    max_side: int = 20_000
+    """Pixels."""
+    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+    """Pillow's names; of an animation the first frame is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelConfig:
+    """How the model wants its pixels. Defaults are those of the original processor."""
+
+    min_pixels: int = 4 * 28 * 28
+    """Of a resized image."""
+    max_pixels: int = 6177 * 28 * 28
+    video_min_pixels: int = 299 * 28 * 28
+    """Of a resized video frame."""
+    video_max_pixels: int = 1196 * 28 * 28
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Subtracted from a channel's value / 255."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Divides what is left."""
+    patch_size: int = 14
+    merge_size: int = 2
+    """Patches per token along each side."""
+    temporal_merge_size: int = 2
+    """Frames per token of a video."""
+
+    @property
+    def factor(self) -> int:
+        """Sides of a resized picture are multiples of this, so that its patches merge evenly."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> PixelConfig:
+        """Read the checkpoint's preprocessor files, whichever exist; absent keys keep the defaults.
+
+        Three forms are understood: one file with `min_pixels` and `video_min_pixels` side by side, one file per kind
+        with `size.shortest_edge`, and `processor_config.json` with an object per kind, which wins over the others.
+
+        Raises:
+            CheckpointError: a file is not JSON, or a value is of the wrong kind.
+        """
+        values: dict[str, Any] = {}
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+            path = Path(folder) / name
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+                values |= _video_values(raw) if name.startswith("video") else _pixel_values(raw)
+            except FileNotFoundError:
+                continue
+            except (ValueError, TypeError, AttributeError) as e:
+                raise CheckpointError(f"{path}: not a usable preprocessor configuration: {e}") from None
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedMedia:
+    """A picture or video that waits for its place in a prompt."""
+
+    kind: MediaKind
+    grid_thw: tuple[int, int, int]
+    """Grid in patches: frames, height, width."""
+    patches: NDArray[np.uint8]
+    """uint8 [t*h*w, 588] in merge-block order."""
+    media_hash: bytes
+    num_tokens: int
+    """Placeholder tokens it takes in the prompt."""
+
+
+def parse_data_url(url: str, *, max_bytes: int | None = None) -> tuple[str, bytes]:
+    """Media type (lower case) and content of `data:image/png;base64,...`.
+
+    Raises:
+        InvalidRequest: not such a URL, not strict base64, or more than `max_bytes`.
+    """
+    match = re.match(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.+-]+=[\w.+-]+)*;base64,", url, re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise InvalidRequest("not a data URL with base64 content; send data:image/png;base64,...", code="invalid_image")
+    encoded = url[match.end() :]
+    if max_bytes is not None and len(encoded) > 4 * -(-max_bytes // 3):
+        raise InvalidRequest(f"the image has more than {max_bytes} bytes; send a smaller file", code="image_too_large")
+    try:
+        return match.group(1).lower(), base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("the data URL's content is not valid base64", code="invalid_image") from None
+
+
+def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
+    """Decode the first frame to RGB: turned upright by its EXIF orientation, transparent parts on white.
+
+    Raises:
+        InvalidRequest: too large by bytes, pixels or side; not an accepted format; broken or cut off. The decoder's
+            own words are not passed on.
+    """
+    if len(data) > limits.max_bytes:
+        raise InvalidRequest(
+            f"the image has {len(data)} bytes, the limit is {limits.max_bytes}; send a smaller file",
+            code="image_too_large",
+        )
+    try:
+        with Image.open(io.BytesIO(data), formats=limits.formats) as image:
+            _check_size(image.size, limits)
+            image.load()
+            return _turn_upright(image, _to_rgb(image))
+    except InvalidRequest:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InvalidRequest(
+            f"the image has more than {limits.max_pixels} pixels; send a smaller one", code="image_too_large"
+        ) from None
+    except Exception:  # decoders raise nearly anything on broken files, and their words may name addresses and paths
+        names = ", ".join(limits.formats)
+        raise InvalidRequest(
+            f"the image cannot be decoded; send a whole file of one of these formats: {names}", code="invalid_image"
+        ) from None
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width to resize to: multiples of `factor`, area within the bounds, aspect ratio nearly kept.
+
+    A ratio above 200 is first cut to 200 by shortening the long side; halves are rounded to even.
+    100 x 150 with factor 28 gives 112 x 140.
+    """
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        short = _round_to(min(height, width), factor)
+        long = short * MAX_ASPECT_RATIO // factor * factor
+        height, width = (long, short) if height > width else (short, long)
+    new_height, new_width = _round_to(height, factor), _round_to(width, factor)
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        longest = max(max_pixels // factor**2, 1) * factor  # beside a short side that cannot shrink below one factor
+        new_height = min(max(math.floor(height / shrink / factor), 1) * factor, longest)
+        new_width = min(max(math.floor(width / shrink / factor), 1) * factor, longest)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def to_patches(
+    frames: Sequence[Image.Image], config: PixelConfig, kind: MediaKind = "image"
+) -> tuple[NDArray[np.uint8], tuple[int, int, int]]:
+    """Resize RGB frames of one size and cut them into patches.
+
+    Returns:
+        uint8 [t*h*w, 3*14*14], each row (channel, y, x) of one patch, rows in merge-block order
+        (t, h/2, w/2, 2, 2), so that four consecutive rows make one token; and the grid (t, h, w) in patches.
+    """
+    p, m = config.patch_size, config.merge_size
+    bounds = (
+        (config.min_pixels, config.max_pixels)
+        if kind == "image"
+        else (config.video_min_pixels, config.video_max_pixels)
+    )
+    height, width = smart_resize(frames[0].height, frames[0].width, config.factor, *bounds)
+    size = (width, height)
+    pixels = np.stack([np.asarray(frame.resize(size, Image.Resampling.BICUBIC)) for frame in frames])
+    t, h, w = len(frames), height // p, width // p
+    blocks = pixels.reshape(t, h // m, m, p, w // m, m, p, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
+    return np.ascontiguousarray(blocks).reshape(t * h * w, 3 * p * p), (t, h, w)
+
+
+def prepare_image(data: bytes, config: PixelConfig, limits: ImageLimits) -> PreparedMedia:
+    """Decode, resize, cut and hash one image; raises InvalidRequest as `open_image` does."""
+    return _prepare("image", [open_image(data, limits)], config)
+
+
+def prepare_frames(frames: NDArray[np.uint8], config: PixelConfig) -> PreparedMedia:
+    """Patches of a video, given as sampled frames.
+
+    The last frame is repeated until the count divides by `temporal_merge_size`. The original processor draws each
+    frame's time into its corner beforehand; frames are taken here as they come, with or without it.
+
+    Args:
+        frames: uint8 [T, height, width, 3] RGB, T >= 1.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise InvalidRequest(f"frames are {frames.dtype} {list(frames.shape)}; send uint8 [T, height, width, 3]")
+    images = [Image.fromarray(frame) for frame in frames]
+    images += images[-1:] * (-len(images) % config.temporal_merge_size)
+    return _prepare("video", images, config)
+
+
+def _prepare(kind: MediaKind, frames: Sequence[Image.Image], config: PixelConfig) -> PreparedMedia:
+    patches, grid = to_patches(frames, config, kind)
+    per_token = config.merge_size**2 * (1 if kind == "image" else config.temporal_merge_size)
+    return PreparedMedia(kind, grid, patches, hash_media(kind, grid, patches), len(patches) // per_token)
+
+
+def _round_to(side: int, factor: int) -> int:
+    return max(round(side / factor), 1) * factor
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels or max(size) > limits.max_side:
+        raise InvalidRequest(
+            f"the image has {width} x {height} pixels; the limits are {limits.max_pixels} in all "
+            f"and {limits.max_side} per side; send a smaller one",
+            code="image_too_large",
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
+        grey = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn_upright(source: Image.Image, rgb: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(source.getexif().get(0x0112, 1))  # the Orientation tag
+    except Exception:  # unreadable EXIF data says nothing about the pixels
+        return rgb
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _pixel_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `PixelConfig` that a file for images, or for both kinds, holds."""
+    image = raw.get("image_processor") or raw
+    values = {**_bounds(image, ""), **_video_values(raw.get("video_processor") or {})}
+    for bound in ("video_min_pixels", "video_max_pixels"):
+        if image.get(bound) is not None:
+            values[bound] = int(image[bound])
+    for key, target in (("image_mean", "mean"), ("image_std", "std")):
+        if image.get(key) is not None:
+            r, g, b = image[key]
+            values[target] = (float(r), float(g), float(b))
+    for key, target in _COUNTS:
+        if image.get(key) is not None:
+            values[target] = int(image[key])
+    return values
+
+
+_COUNTS = (
+    ("patch_size", "patch_size"),
+    ("merge_size", "merge_size"),
+    ("spatial_conv_size", "merge_size"),
+    ("temporal_conv_size", "temporal_merge_size"),
+)
+
+
+def _video_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return _bounds(raw, "video_")
+
+
+def _bounds(raw: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    size = raw.get("size") or {}
+    found = {
+        "min_pixels": raw.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": raw.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge"),
+    }
+    return {prefix + bound: int(value) for bound, value in found.items() if value}

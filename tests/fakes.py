@@ -1,0 +1,201 @@
+"""Twins of the real parts, for tests: true to their protocols, and with nothing behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ernie_cluster.api.backend import ModelStatus
+from ernie_cluster.errors import ContextTooLong, InvalidRequest
+from ernie_cluster.request import FinishReason, GenerationRequest, SamplingParams, Span, TokenEvent
+
+EOS = 256
+"""End token of the byte tokenizer; 0 to 255 are bytes."""
+
+
+def bytes_of(text: str) -> tuple[int, ...]:
+    """Token ids of `text`."""
+    return tuple(text.encode())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One item of a backend's stream."""
+
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+Script = Sequence["Step | asyncio.Event | BaseException"]
+"""What a backend does in order: yields a step, waits for an event, or raises."""
+
+
+def say(text: str, tokens_per_step: int = 1, finish_reason: FinishReason | None = FinishReason.STOP) -> list[Step]:
+    """Steps that spell `text`, and end with the end token (STOP), without it (LENGTH), or not at all (None)."""
+    ids = bytes_of(text)
+    steps = [Step(ids[i : i + tokens_per_step]) for i in range(0, len(ids), tokens_per_step)]
+    if finish_reason is FinishReason.STOP:
+        return [*steps, Step((EOS,), finish_reason)]
+    return steps if finish_reason is None else [*steps, Step((), finish_reason)]
+
+
+class FakeBackend:
+    """A `Backend` that plays a script to every request.
+
+    A step beyond the request's `max_tokens` is cut there with finish reason LENGTH, as an engine does.
+
+    Args:
+        script: see `Script`.
+        scripts: one script per choice, by request id's end `-<choice>`; the others play `script`.
+        num_cached_tokens: told with the last event.
+        spans: told with the last event.
+    """
+
+    def __init__(
+        self,
+        script: Script = (),
+        *,
+        scripts: dict[int, Script] | None = None,
+        num_cached_tokens: int = 0,
+        spans: tuple[Span, ...] = (),
+    ) -> None:
+        self.script = script
+        self.scripts = scripts or {}
+        self.num_cached_tokens = num_cached_tokens
+        self.spans = spans
+        self.states: list[ModelStatus] | Exception = [ModelStatus("tiny", True, "")]
+        self.requests: list[GenerationRequest] = []
+        self.arrivals: asyncio.Queue[GenerationRequest] = asyncio.Queue()
+        """The same requests, to be waited for."""
+        self.finished: list[str] = []
+        """Ids of requests that were played to their last event, or to their error."""
+        self.aborted: list[str] = []
+        """Ids of requests that were closed before."""
+        self.is_closed = False
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent]]:
+        self.requests.append(request)
+        self.arrivals.put_nowait(request)
+        is_finished = False
+        index = 0
+        try:
+            for item in self.scripts.get(int(request.request_id.rpartition("-")[2]), self.script):
+                if isinstance(item, asyncio.Event):
+                    await item.wait()
+                    continue
+                if isinstance(item, BaseException):
+                    is_finished = True
+                    raise item
+                event = self._event(request, index, item)
+                index += len(event.token_ids)
+                is_finished = event.finish_reason is not None
+                yield [event]
+                if is_finished:
+                    return
+            is_finished = True
+        finally:
+            (self.finished if is_finished else self.aborted).append(request.request_id)
+
+    def _event(self, request: GenerationRequest, index: int, step: Step) -> TokenEvent:
+        room = request.sampling.max_tokens - index
+        ids, reason = step.token_ids[:room], step.finish_reason
+        if len(step.token_ids) >= room and reason is None:
+            reason = FinishReason.LENGTH
+        is_last = reason is not None
+        return TokenEvent(
+            request.request_id,
+            index,
+            ids,
+            reason,
+            self.num_cached_tokens if is_last else 0,
+            self.spans if is_last else (),
+        )
+
+    async def status(self) -> list[ModelStatus]:
+        if isinstance(self.states, Exception):
+            raise self.states
+        return self.states
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+class ByteDetokenizer:
+    """UTF-8, character by character; control tokens are left out."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Sequence[int]) -> str:
+        return self._decoder.decode(bytes(i for i in ids if i < EOS))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class FakeProcessor:
+    """A `Processor` whose tokens are bytes and whose template is `<role>text` per message. A picture is one byte."""
+
+    eos_token_ids = (EOS,)
+    vocab_size = EOS + 1
+
+    def __init__(self, served_name: str = "tiny", max_model_len: int = 512) -> None:
+        self.served_name = served_name
+        self.max_model_len = max_model_len
+        self.calls: list[dict[str, Any]] = []
+        """Arguments of every call of `chat`."""
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        request_id: str,
+        sampling: SamplingParams,
+        enable_thinking: bool | None,
+        tools: list[dict[str, Any]] | None,
+        timeout_s: float,
+    ) -> GenerationRequest:
+        self.calls.append({"messages": messages, "enable_thinking": enable_thinking, "tools": tools})
+        prompt = "".join(f"<{m['role']}>{_text(m.get('content'))}" for m in messages)
+        return self._request(list(bytes_of(prompt)), "messages", request_id, sampling, timeout_s)
+
+    def completion(
+        self, prompt: str | list[int], *, request_id: str, sampling: SamplingParams, timeout_s: float
+    ) -> GenerationRequest:
+        if isinstance(prompt, list) and not all(0 <= i < self.vocab_size for i in prompt):
+            raise InvalidRequest(f"a token id is not in [0, {self.vocab_size})", "prompt")
+        ids = list(bytes_of(prompt)) if isinstance(prompt, str) else prompt
+        return self._request(ids, "prompt", request_id, sampling, timeout_s)
+
+    def _request(
+        self, ids: list[int], param: str, request_id: str, sampling: SamplingParams, timeout_s: float
+    ) -> GenerationRequest:
+        if len(ids) > self.max_model_len:
+            raise ContextTooLong(f"the prompt has {len(ids)} tokens, the context {self.max_model_len}", param)
+        positions = np.broadcast_to(np.arange(len(ids), dtype=np.int32), (3, len(ids)))
+        return GenerationRequest(
+            request_id,
+            self.served_name,
+            np.array(ids, dtype=np.int32),
+            positions,
+            sampling,
+            eos_token_ids=self.eos_token_ids,
+            timeout_s=timeout_s,
+        )
+
+    def detokenizer(self) -> ByteDetokenizer:
+        return ByteDetokenizer()
+
+
+def _text(content: str | list[dict[str, Any]] | None) -> str:
+    if not isinstance(content, list):
+        return content or ""
+    for i, part in enumerate(content):
+        if part["type"] == "image_url" and ";base64," not in part["image_url"]["url"]:
+            raise InvalidRequest("not a base64 data URL", f"messages[?].content[{i}].image_url.url")
+    return "".join(part["text"] if part["type"] == "text" else "#" for part in content)

@@ -1,0 +1,139 @@
+"""The terminal client against a made-up server."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ernie_cluster.cli import chat
+
+Handler = Callable[[dict[str, Any]], httpx.Response]
+
+
+def sse(*events: dict[str, Any] | str) -> httpx.Response:
+    lines = [e if isinstance(e, str) else json.dumps(e) for e in events]
+    return httpx.Response(200, text="".join(f"data: {line}\n\n" for line in lines))
+
+
+def piece(text: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": text}}]}
+
+
+class Fake:
+    """A server that answers chats by a function, and remembers what it was asked."""
+
+    def __init__(self, answer: Handler) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self._answer = answer
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "tiny"}]})
+        assert request.url.path == "/v1/chat/completions"
+        self.bodies.append(json.loads(request.content))
+        return self._answer(self.bodies[-1])
+
+    def run(self, **options: Any) -> int:
+        return chat.run("http://test/v1", transport=httpx.MockTransport(self), **options)
+
+
+def hello(_: dict[str, Any]) -> httpx.Response:
+    return sse(piece("Hel"), piece("lo"), {"choices": []}, "[DONE]")
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def test_one_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    server = Fake(hello)
+    assert server.run(prompt="hi", once=True, system="be kind", thinking=False, max_tokens=9) == 0
+    assert capsys.readouterr().out == "Hello\n"
+    assert server.bodies == [
+        {
+            "model": "tiny",
+            "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}],
+            "max_tokens": 9,
+            "stream": True,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+    ]
+
+
+def test_turns_pictures_and_commands(typed: Callable[[str], None], tmp_path: Path) -> None:
+    picture = tmp_path / "a cat.png"
+    picture.write_bytes(b"pixels")
+    server = Fake(hello)
+    typed(f"one\n/image {picture}\ntwo\n/what\n\n/new\nthree\n/quit\nnever\n")
+    assert server.run() == 0
+    first, second, third = (body["messages"] for body in server.bodies)
+    assert first == [{"role": "user", "content": "one"}]
+    assert second[:2] == [*first, {"role": "assistant", "content": "Hello"}]
+    url = f"data:image/png;base64,{base64.b64encode(b'pixels').decode()}"
+    assert second[2]["content"] == [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "two"}]
+    assert third == [{"role": "user", "content": "three"}]
+
+
+def test_the_end_of_input_ends_the_chat(typed: Callable[[str], None]) -> None:
+    typed("")
+    assert Fake(hello).run() == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (httpx.Response(429, json={"error": {"message": "no room"}}), "no room (HTTP 429)"),
+        (httpx.Response(502, text="bad gateway"), "bad gateway (HTTP 502)"),
+        (sse(piece("Hel"), {"error": {"message": "replica lost"}}), "replica lost"),
+        (sse(piece("Hel")), "broke off"),
+    ],
+)
+def test_a_failed_turn_is_told_and_forgotten(
+    answer: httpx.Response, message: str, capsys: pytest.CaptureFixture[str], typed: Callable[[str], None]
+) -> None:
+    server = Fake(lambda body: answer if len(server.bodies) == 1 else hello(body))
+    typed("again\n")
+    assert server.run(prompt="first") == 0
+    assert message in capsys.readouterr().err
+    assert server.bodies[1]["messages"] == [{"role": "user", "content": "again"}]
+    assert Fake(lambda _: answer).run(prompt="x", once=True) == 1
+
+
+def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("connection refused", request=request)
+
+    assert chat.run("http://test", transport=httpx.MockTransport(refuse)) == 1
+    assert "http://test cannot be reached (connection refused)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["missing.png", "notes.txt"])
+def test_an_unusable_picture(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert Fake(hello).run(images=[str(tmp_path / name)], prompt="x", once=True) == 1
+    assert name in capsys.readouterr().err
+
+
+def test_a_model_does_not_rule_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Fake(lambda _: sse(piece("a\x1b[2Jb\r\n\tc\u202e"), "[DONE]")).run(prompt="x", once=True)
+    assert capsys.readouterr().out == "a[2Jb\n\tc\n"
+
+
+def test_options_are_those_of_run(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    chat.add_arguments(parser)
+    args = parser.parse_args(
+        ["hi", "--image", "a.png", "--image", "b.png", "--no-thinking", "--url", "http://127.0.0.1:9"]
+    )
+    assert (args.prompt, args.images, args.thinking, args.model) == ("hi", ["a.png", "b.png"], False, None)
+    assert chat.main(args) == 1  # nobody listens on that port
+    assert "cannot be reached" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""What a configuration refuses at birth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from ernie_cluster.config.cluster import (
+    ApiConfig,
+    ClusterConfig,
+    EngineConfig,
+    ModelDeployment,
+    PoolConfig,
+    RouterConfig,
+    TransportConfig,
+)
+from ernie_cluster.config.presets import PRESETS, ernie_28b_a3b, ernie_424b_a47b, tiny, tiny_mixed
+from ernie_cluster.errors import ConfigError, UnknownModel
+
+MIXED = PoolConfig("mixed")
+
+
+def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: EngineConfig | None = None):  # type: ignore[no-untyped-def]
+    return ModelDeployment(name, path, pools, engine or EngineConfig())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EngineConfig(block_size=0), "block_size = 0 must be at least 1"),
+        (lambda: EngineConfig(kv_cache_bytes=0), "kv_cache_bytes = 0 must be at least 1"),
+        (lambda: EngineConfig(num_threads=-1), "num_threads = -1 must be at least 0"),
+        (lambda: EngineConfig(max_model_len=1), "max_model_len = 1 must be at least 2"),
+        (lambda: EngineConfig(max_batch_tokens=8, max_num_seqs=9), "max_batch_tokens = 8 .* max_num_seqs = 9"),
+        (lambda: PoolConfig("mixed", num_replicas=0), "num_replicas = 0"),
+        (lambda: PoolConfig("mixed", num_cpus=0), "num_cpus = 0 must be greater than 0"),
+        (lambda: PoolConfig("mixed", num_cpus=math.nan), "num_cpus = nan"),
+        (lambda: PoolConfig("mixed", num_gpus=2), "num_gpus = 2 must be between 0 and 1"),
+        (lambda: PoolConfig("mixed", tp=0), "tp = 0 must be at least 1"),
+        (lambda: PoolConfig("vision", tp=2), r"tp \* dp = 2 \* 1 = 2 must be 1"),
+        (lambda: deployment(MIXED, name="a b"), "name = 'a b'"),
+        (lambda: deployment(MIXED, path=""), "path is empty"),
+        (lambda: deployment(), "cannot serve; add mixed, or prefill and decode"),
+        (lambda: deployment(PoolConfig("vision")), "cannot serve"),
+        (lambda: deployment(PoolConfig("prefill")), "prefill needs decode"),
+        (lambda: deployment(PoolConfig("decode"), MIXED), "decode needs prefill"),
+        (lambda: deployment(MIXED, MIXED), "pool role 'mixed' appears more than once"),
+        (lambda: deployment(MIXED, engine=EngineConfig(device="cuda")), "mixed has num_gpus = 0"),
+        (lambda: replace(deployment(MIXED), image_min_pixels=9, image_max_pixels=8), "image_max_pixels = 8"),
+        (lambda: TransportConfig(piece_bytes=0), "piece_bytes = 0"),
+        (lambda: TransportConfig(piece_bytes=9, staging_bytes=8), "staging_bytes = 8"),
+        (lambda: RouterConfig(max_attempts=0), "max_attempts = 0"),
+        (lambda: RouterConfig(retry_after_s=0), "retry_after_s = 0"),
+        (lambda: RouterConfig(snapshot_interval_s=2), "heartbeat_timeout_s = 2.0 must be more than"),
+        (lambda: RouterConfig(lease_timeout_s=2), "lease_timeout_s = 2 must be more than"),
+        (lambda: ApiConfig(host=""), "host is empty"),
+        (lambda: ApiConfig(port=65536), "port = 65536 must be between 1 and 65535"),
+        (lambda: ApiConfig(max_images=-1), "max_images = -1"),
+        (lambda: ApiConfig(max_json_depth=2), "max_json_depth = 2 must be at least 8"),
+        (lambda: ApiConfig(request_timeout_s=math.inf), "request_timeout_s = inf"),
+        (lambda: ClusterConfig(models=()), "models is empty"),
+        (lambda: ClusterConfig(models=(deployment(MIXED), deployment(MIXED))), "model name 'm' appears"),
+    ],
+)
+def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "roles", [("mixed",), ("prefill", "decode"), ("prefill", "decode", "mixed"), ("vision", "mixed")]
+)
+def test_pools_that_can_serve(roles: tuple[str, ...]) -> None:
+    made = deployment(*(PoolConfig(role) for role in roles))  # type: ignore[arg-type]
+    assert [made.pool(role) for role in roles] == list(made.pools)  # type: ignore[arg-type]
+    assert made.has_vision_pool == ("vision" in roles)
+
+
+def test_a_vision_pool_needs_a_model_with_eyes() -> None:
+    seeing, blind = deployment(MIXED, PoolConfig("vision")), deployment(MIXED)
+    seeing.check_media(is_multimodal=True)
+    blind.check_media(is_multimodal=False)
+    blind.check_media(is_multimodal=True)
+    with pytest.raises(ConfigError, match="text-only; remove the vision pool"):
+        seeing.check_media(is_multimodal=False)
+
+
+def test_a_model_is_found_by_name() -> None:
+    config = ClusterConfig(models=(deployment(MIXED, name="a"), deployment(MIXED, name="b")))
+    assert config.model("b") is config.models[1]
+    with pytest.raises(UnknownModel, match="'c' is not served here; known: a, b"):
+        config.model("c")
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        ApiConfig().port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_take_a_path_and_can_see(name: str) -> None:
+    (model,) = PRESETS[name]("/some/folder").models
+    assert model.path == "/some/folder"
+    assert model.has_vision_pool
+
+
+def test_presets_differ_where_they_should() -> None:
+    assert {p.role for p in tiny("x").models[0].pools} == {"vision", "prefill", "decode"}
+    assert {p.role for p in tiny_mixed("x").models[0].pools} == {"vision", "mixed"}
+    assert tiny("x").models[0].engine == tiny_mixed("x").models[0].engine
+    gpus = [
+        sum(p.num_gpus * p.dims.world for p in c.models[0].pools) for c in (ernie_28b_a3b("x"), ernie_424b_a47b("x"))
+    ]
+    assert gpus == [3, 17]

@@ -1,0 +1,83 @@
+"""One line per record, with the request's id."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ernie_cluster.observe.log import LineFormatter, bind_request_id, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def _restore_logger() -> Iterator[None]:
+    logger = logging.getLogger("ernie_cluster")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+def test_a_line_has_time_level_name_and_request() -> None:
+    stream = io.StringIO()
+    setup_logging("info", stream)
+    log = logging.getLogger("ernie_cluster.somewhere")
+    with bind_request_id("req-1"):
+        log.info("took %d blocks", 3)
+    log.debug("not shown")
+    log.warning("outside")
+    first, second = stream.getvalue().splitlines()
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO ernie_cluster.somewhere \[req-1\] took 3 blocks", first
+    )
+    assert second.endswith("WARNING ernie_cluster.somewhere [-] outside")
+
+
+@given(st.text())
+def test_no_message_can_break_its_line(message: str) -> None:
+    record = logging.LogRecord("n", logging.INFO, "f", 1, "%s", (f"a{message}b",), None)
+    assert len(LineFormatter().format(record).splitlines()) == 1
+
+
+def test_a_traceback_stays_on_its_line() -> None:
+    stream = io.StringIO()
+    log = setup_logging("INFO", stream)
+    try:
+        raise ValueError("first\nsecond")
+    except ValueError:
+        log.exception("failed")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(r"ValueError: first\nsecond")
+
+
+def test_concurrent_requests_keep_their_own_ids() -> None:
+    stream = io.StringIO()
+    log = setup_logging("INFO", stream)
+
+    async def serve(request_id: str) -> None:
+        with bind_request_id(request_id):
+            await asyncio.sleep(0)
+            log.info("served %s", request_id)
+
+    async def both() -> None:
+        await asyncio.gather(serve("a"), serve("b"))
+
+    asyncio.run(both())
+    assert [line.split("[")[1] for line in stream.getvalue().splitlines()] == ["a] served a", "b] served b"]
+
+
+def test_calling_again_replaces_the_setup() -> None:
+    setup_logging("INFO", io.StringIO())
+    stream = io.StringIO()
+    setup_logging("ERROR", stream).error("once")
+    assert stream.getvalue().count("once") == 1
+
+
+def test_an_unknown_level_is_named() -> None:
+    with pytest.raises(ValueError, match="'LOUD' must be one of DEBUG, INFO, WARNING, ERROR"):
+        setup_logging("LOUD")
