@@ -136,9 +136,7 @@ def make_request(
             ids.append(item)
             continue
         ids.append(special.image_start)
-        media.append(
-            MediaInput(item.kind, item.media_hash, item.grid_thw, len(ids), item.num_tokens, item.patches)
-        )
+        media.append(MediaInput(item.kind, item.media_hash, item.grid_thw, len(ids), item.num_tokens, item.patches))
         ids.extend([special.image_patch] * item.num_tokens)
         ids.append(special.image_end)
     values: dict[str, object] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling}

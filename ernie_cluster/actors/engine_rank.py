@@ -10,36 +10,19 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, receive
 from ernie_cluster.actors.events import EventHub
-from ernie_cluster.actors.messages import Batch, Outcome
+from ernie_cluster.actors.messages import Batch, Load, Outcome, Ready
 from ernie_cluster.config.cluster import ClusterConfig, Role
-from ernie_cluster.config.kv_layout import KVLayout
-from ernie_cluster.config.model import ModelConfig
-from ernie_cluster.engine.runner import Runner
-from ernie_cluster.engine.worker import Worker, WorkerSettings, WorkerSnapshot
-from ernie_cluster.errors import ConfigError
 from ernie_cluster.request import GenerationRequest
 from ernie_cluster.transport.base import Message
 from ernie_cluster.transport.choose import Endpoint
 
 _SWEEP_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """What a rank tells when its weights are loaded."""
-
-    endpoint: Endpoint
-    node_id: str
-    pid: int
-    load_s: float
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -56,44 +39,10 @@ class EngineRank:
 
     def __init__(self, config: ClusterConfig, model: str, role: Role, actor_name: str, num_cpus: float) -> None:
         start = time.perf_counter()
-        deployment = config.model(model)
-        settings = deployment.engine
-        process.set_threads(settings.num_threads or max(1, int(num_cpus)))
-        device = process.choose_device(settings.device)
-        shape = ModelConfig.from_folder(deployment.path)
-        dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
-        layout = KVLayout.from_model(shape, settings.block_size, dtype)
-        num_blocks = settings.kv_cache_bytes // layout.block_bytes
-        if num_blocks < 2:
-            raise ConfigError(
-                f"kv_cache_bytes = {settings.kv_cache_bytes} holds {num_blocks} blocks of {layout.block_bytes} bytes; "
-                f"give at least {2 * layout.block_bytes}"
-            )
-        runner = Runner.load(
-            deployment.path,
-            shape,
-            role,
-            dtype=dtype,
-            device=device,
-            num_blocks=num_blocks,
-            block_size=settings.block_size,
-        )
+        from ernie_cluster.actors.load_worker import load_worker  # torch, which the conductor need not import
+
         self._hub: EventHub | None = None
-        self._worker = Worker(
-            runner,
-            shape,
-            WorkerSettings(
-                block_size=settings.block_size,
-                max_batch_tokens=settings.max_batch_tokens,
-                max_num_seqs=settings.max_num_seqs,
-                enable_prefix_cache=settings.enable_prefix_cache,
-                reserve_output_tokens=config.router.reserve_output_tokens,
-                lease_timeout_s=config.router.lease_timeout_s,
-                piece_bytes=config.transport.piece_bytes,
-                can_encode=role != "decode",
-            ),
-            self._publish,
-        )
+        self._worker = load_worker(config, model, role, num_cpus, self._publish)
         self._receivers = Receivers(self._worker.inbox, actor_name, config.transport)
         self._channels = Channels(self._receivers.endpoint)
         self._worker.warm_up()
@@ -143,11 +92,19 @@ class EngineRank:
         """A piece or control message that came through the object store."""
         return await receive(self._receivers, message, refs)
 
-    async def snapshot(self) -> WorkerSnapshot:
+    async def snapshot(self) -> Load:
         """Load now; raises EngineFailed when the engine has stopped, so that the replica is replaced."""
         if self._worker.failure is not None:
             raise self._worker.failure
-        return self._worker.snapshot()
+        now = self._worker.snapshot()
+        return Load(
+            num_running=now.num_running,
+            num_waiting=now.num_waiting,
+            waiting_tokens=now.waiting_tokens,
+            num_leases=now.num_leases,
+            free_blocks=now.free_blocks,
+            total_blocks=now.total_blocks,
+        )
 
     async def check(self) -> bool:
         """Invariants of the block pool and the books; raises AssertionError."""

@@ -1,4 +1,4 @@
-"""What the processes of one application tell each other; plain data."""
+"""What the processes of one application tell each other; plain data, so that nobody imports torch to read it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,29 @@ class ReplicaInfo:
     actor_name: str
     """Name of its rank 0 in `NAMESPACE`."""
     endpoint: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a rank tells when its weights are loaded."""
+
+    endpoint: Endpoint
+    node_id: str
+    pid: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a rank has to do, at one moment. A vision rank has no blocks and no leases."""
+
+    num_running: int
+    num_waiting: int
+    waiting_tokens: int
+    """Prompt tokens not computed yet; of a vision rank, media tokens not encoded yet."""
+    num_leases: int = 0
+    free_blocks: int = 0
+    total_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,9 @@ from typing import Any
 
 import ray
 
-from ernie_cluster.actors.messages import NAMESPACE, ReplicaInfo, Route
+from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route
 from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.config.cluster import ClusterConfig
-from ernie_cluster.engine.worker import WorkerSnapshot
 from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.routing import choose_path
 from ernie_cluster.policy.snapshot import Books, Demand, ReplicaSnapshot
@@ -158,8 +157,7 @@ class Router:
             self._watchers.pop(info.replica_id, None)
             self._forget(info.replica_id)
 
-    def _snapshot(self, info: ReplicaInfo, load: Any, age_s: float) -> ReplicaSnapshot:
-        is_engine = isinstance(load, WorkerSnapshot)
+    def _snapshot(self, info: ReplicaInfo, load: Load, age_s: float) -> ReplicaSnapshot:
         return ReplicaSnapshot(
             replica_id=info.replica_id,
             model=info.model,
@@ -169,10 +167,10 @@ class Router:
             is_ready=True,
             is_draining=False,
             num_running=load.num_running,
-            num_waiting=load.num_waiting if is_engine else 0,
+            num_waiting=load.num_waiting,
             waiting_tokens=load.waiting_tokens,
-            free_blocks=load.free_blocks if is_engine else 0,
-            total_blocks=load.total_blocks if is_engine else 0,
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
             block_size=self._config.model(info.model).engine.block_size,
             age_s=age_s,
         )

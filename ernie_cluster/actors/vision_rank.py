@@ -9,68 +9,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 from numpy.typing import NDArray
 
-from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, receive
-from ernie_cluster.actors.engine_rank import Ready
-from ernie_cluster.actors.messages import EncodeReport, EncodeTask
+from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Ready
 from ernie_cluster.config.cluster import ClusterConfig, Role
-from ernie_cluster.config.model import ModelConfig
-from ernie_cluster.engine.handover import EMBED_PIECE
 from ernie_cluster.errors import ReplicaLost, TransferFailed
-from ernie_cluster.model.build import build_vision, torch_dtype
-from ernie_cluster.model.weights import Checkpoint, load_vision
-from ernie_cluster.request import MediaInput, Span
+from ernie_cluster.request import Span
 from ernie_cluster.transport.base import Channel, Message, PieceHeader, Reply
-
-_CACHE_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class VisionSnapshot:
-    """Load of one vision replica."""
-
-    num_running: int
-    waiting_tokens: int
-    """Media tokens not yet encoded."""
-    cached_bytes: int
-    num_encoded: int
-    num_cache_hits: int
-
-
-class EmbeddingCache:
-    """Embeddings by content hash, least recently used first out.
-
-    Args:
-        max_bytes: bound of all entries together.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self.num_bytes = max_bytes, 0
-        self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-
-    def get(self, digest: bytes) -> torch.Tensor | None:
-        if digest in self._entries:
-            self._entries.move_to_end(digest)
-        return self._entries.get(digest)
-
-    def put(self, digest: bytes, embeds: torch.Tensor) -> None:
-        if digest in self._entries or embeds.nbytes > self._max_bytes:
-            return
-        self._entries[digest] = embeds
-        self.num_bytes += embeds.nbytes
-        while self.num_bytes > self._max_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self.num_bytes -= oldest.nbytes
 
 
 class _NoSink:
@@ -92,24 +43,17 @@ class VisionRank:
 
     def __init__(self, config: ClusterConfig, model: str, role: Role, actor_name: str, num_cpus: float) -> None:
         start = time.perf_counter()
-        deployment = config.model(model)
-        process.set_threads(deployment.engine.num_threads or max(1, int(num_cpus)))
-        self._device = process.choose_device(deployment.engine.device)
-        shape = ModelConfig.from_folder(deployment.path)
-        dtype = torch_dtype(shape.dtype if deployment.engine.dtype == "auto" else deployment.engine.dtype)
-        self._encoder = build_vision(shape, dtype=dtype, device=self._device)
-        checkpoint = Checkpoint(deployment.path)
-        load_vision(self._encoder, shape, checkpoint)
-        checkpoint.close()
+        from ernie_cluster.actors.encoder import Encoder  # torch, which the conductor need not import
+
+        self._encoder = Encoder.load(config, model, num_cpus)
         self._receivers = Receivers(_NoSink(), actor_name, config.transport)
         self._channels = Channels(self._receivers.endpoint)
         self._piece_bytes = config.transport.piece_bytes
         self._timeout_s = config.router.lease_timeout_s
-        self._cache = EmbeddingCache(_CACHE_BYTES)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._running: set[str] = set()
         self._aborted: set[str] = set()
-        self._waiting_tokens = self._num_encoded = self._num_hits = 0
+        self._waiting_tokens = 0
         self._load_s = time.perf_counter() - start
 
     async def ready(self) -> Ready:
@@ -145,10 +89,8 @@ class VisionRank:
         """A message that came through the object store."""
         return await receive(self._receivers, message, refs)
 
-    async def snapshot(self) -> VisionSnapshot:
-        return VisionSnapshot(
-            len(self._running), self._waiting_tokens, self._cache.num_bytes, self._num_encoded, self._num_hits
-        )
+    async def snapshot(self) -> Load:
+        return Load(num_running=len(self._running), num_waiting=0, waiting_tokens=self._waiting_tokens)
 
     async def check(self) -> bool:
         """There are no books to check here."""
@@ -170,8 +112,8 @@ class VisionRank:
             if task.request_id in self._aborted:
                 break
             media = task.media[int(index)]  # type: ignore[arg-type]
-            start, is_hit = time.time(), self._cache.get(media.media_hash) is not None
-            embeds = await loop.run_in_executor(self._thread, self._embed, media)
+            start = time.time()
+            embeds, is_hit = await loop.run_in_executor(self._thread, self._encoder.embed, media)
             encoded = time.time()
             piece = await self._send(channel, task, int(index), embeds, piece)  # type: ignore[arg-type]
             detail = (("picture", int(index) + 1), ("tokens", media.num_tokens), ("cached", int(is_hit)))  # type: ignore[arg-type]
@@ -179,23 +121,8 @@ class VisionRank:
             spans.append(Span("embeddings", encoded, time.time() - encoded, (("bytes", embeds.nbytes),)))
         return EncodeReport(tuple(spans))
 
-    @torch.inference_mode()
-    def _embed(self, media: MediaInput) -> torch.Tensor:
-        """Embeddings [tokens, hidden] on CPU, from the cache or from the encoder's thread."""
-        known = self._cache.get(media.media_hash)
-        if known is not None:
-            self._num_hits += 1
-            return known
-        assert media.patches is not None
-        patches = torch.tensor(media.patches, device=self._device)
-        embeds: torch.Tensor = self._encoder(patches, [media.grid_thw]).cpu()
-        self._cache.put(media.media_hash, embeds)
-        self._num_encoded += 1
-        return embeds
-
-    async def _send(self, channel: Channel, task: EncodeTask, index: int, embeds: torch.Tensor, piece: int) -> int:
+    async def _send(self, channel: Channel, task: EncodeTask, index: int, rows: NDArray[np.uint8], piece: int) -> int:
         """Push one picture's embeddings in pieces of whole rows; the number of the next piece."""
-        rows = embeds.view(torch.uint8).numpy()
         each = max(1, self._piece_bytes // rows.shape[1])
         pushes = []
         for first in range(0, len(rows), each):
@@ -205,7 +132,7 @@ class VisionRank:
                 task.epoch,
                 piece,
                 part.nbytes,
-                (EMBED_PIECE, index, first, part.nbytes // rows.shape[1]),
+                (self._encoder.piece_kind, index, first, part.nbytes // rows.shape[1]),
             )
             pushes.append(channel.push(header, lambda out, part=part: np.copyto(out, part)))  # type: ignore[misc]
             piece += 1

@@ -44,7 +44,8 @@ def choose_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
         return TorchOps()
     from ernie_cluster.model.cpu_ops import NumbaOps  # numba takes a second to import
 
-    return NumbaOps()
+    ops: TorchOps = NumbaOps()
+    return ops
 
 
 def build_decoder(config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device) -> Decoder:

@@ -44,7 +44,9 @@ class Router(nn.Module):
         scores = logits.softmax(-1)
         ids = (scores + self.bias[pool_T]).topk(self.top_k, -1, sorted=False).indices
         weights = scores.gather(-1, ids)
-        return ids + (pool_T * self.num_experts)[:, None], weights / weights.sum(-1, keepdim=True).clamp_min(self.norm_min)
+        return ids + (pool_T * self.num_experts)[:, None], weights / weights.sum(-1, keepdim=True).clamp_min(
+            self.norm_min
+        )
 
 
 class Experts(nn.Module):

@@ -237,5 +237,4 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             p.zero_()
         else:
             scale = 1.0 if name == "embed" else p.shape[-1] ** -0.5
-            for part in p.data.view(-1).split(1 << 24):  # type: ignore[no-untyped-call]
-                part.copy_(torch.randn(part.shape, generator=generator) * scale)
+            p.uniform_(-scale * 3**0.5, scale * 3**0.5, generator=generator)

@@ -17,7 +17,8 @@ class Arena:
     """
 
     def __init__(self, size: int, align: int = 64) -> None:
-        assert 0 < size == size // align * align, f"size {size} is not a positive multiple of {align}"
+        assert size > 0
+        assert size % align == 0
         self.size = size
         self._align = align
         self._gaps = [(0, size)]  # (start, end), ascending, never empty, never touching

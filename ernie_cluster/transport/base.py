@@ -97,6 +97,7 @@ class Channel(Protocol):
         channel's thread, with a writable uint8 [header.nbytes] that it must fill and not keep. The future resolves
         when the receiver has verified and accepted the bytes. The caller keeps the source unchanged until then, and
         frees it. A future that is cancelled before its turn is never packed. Pieces may be accepted in any order.
+        Callbacks of the future run on a transport thread; keep them short.
 
         The future fails with:
             TransferFailed: too large, packing failed, checksum wrong, or refused by the sink.

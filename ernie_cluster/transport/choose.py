@@ -13,7 +13,7 @@ class Endpoint:
     """What a replica tells about how it can be reached."""
 
     host_id: str
-    """Equal exactly for processes that can share memory, see `shared_memory.host_id`."""
+    """Equal exactly for processes that can share memory, see `staging.host_id`."""
     shm_address: str | None = field(repr=False)
     """Address of its `SharedMemoryReceiver`; None where it has none. Holds a secret: keep it out of logs."""
     actor_name: str

@@ -120,6 +120,8 @@ class Link:
         finally:
             with self._lock:
                 self._is_down = True
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)  # the peer sees the end even if a forked child has the socket
                 self._sock.close()
                 os.close(self._wake_fd)
             self._on_end(reason)

@@ -163,7 +163,6 @@ class SharedMemoryReceiver:
         self._thread.start()
 
     def close(self) -> None:
-        """See `base.Receiver`."""
         self._is_closing.set()
         with contextlib.suppress(OSError):  # closed before
             self._listener.shutdown(socket.SHUT_RDWR)  # ends the accept
@@ -183,10 +182,10 @@ class SharedMemoryReceiver:
                 continue
             try:
                 check_peer_uid(sock)
+                connection = _Connection(sock, self._sink, self._token, self._staging_bytes, self._forget)
             except (OSError, TransferFailed):
                 sock.close()
                 continue
-            connection = _Connection(sock, self._sink, self._token, self._staging_bytes, self._forget)
             with self._lock:
                 self._connections.add(connection)
             connection.start()
@@ -210,7 +209,12 @@ class _Connection:
         self._staging: Staging | None = None
         self._deadline_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
         self._link = Link(sock, f"kv-from-{sock.fileno()}", self._on_frame, self._on_turn, self._on_end)
-        self.start, self.close = self._link.start, self._link.close
+
+    def start(self) -> None:
+        self._link.start()
+
+    def close(self) -> None:
+        self._link.close()
 
     def _on_turn(self) -> float | None:
         if self._peer is not None:
@@ -241,7 +245,7 @@ class _Connection:
 
     def _greet(self, kind: int, body: bytes) -> None:
         hello = wire.decode_json(body) if kind == Kind.HELLO else {}
-        if not hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode()):
+        if not hmac.compare_digest(str(hello.get("token")).encode(errors="replace"), self._token.encode()):
             raise TransferFailed("wrong token")
         if hello.get("version") != wire.VERSION:
             raise TransferFailed(f"sender speaks version {hello.get('version')}, this receiver {wire.VERSION}")
@@ -295,11 +299,10 @@ def _connect(address: str, peer: str) -> tuple[socket.socket, Staging]:
             )
         welcome = wire.decode_json(frames[0][1])
         return sock, Staging(fds[0], int(str(welcome["staging_bytes"])), writable=True)
-    except OSError as e:
+    except BaseException as e:
         sock.close()
-        raise ReplicaLost(f"{name} cannot be reached: {e}; its process has ended or stands still") from e
-    except TransferFailed:
-        sock.close()
+        if isinstance(e, OSError):
+            raise ReplicaLost(f"{name} cannot be reached: {e}; its process has ended or stands still") from e
         raise
     finally:
         for fd in fds:

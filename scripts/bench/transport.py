@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import wait
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -68,15 +67,14 @@ def hand_over(channel: Channel, source: Payload, piece_bytes: int) -> None:
         part = source[piece * piece_bytes : (piece + 1) * piece_bytes]
         header = PieceHeader("bench", 0, piece, piece_bytes, ())
         futures.append(channel.push(header, lambda payload, part=part: np.copyto(payload, part)))  # type: ignore[misc]
-    wait(futures, TIMEOUT_S)
     for future in futures:
-        future.result(0)
+        future.result(TIMEOUT_S)
 
 
 def main(rounds: int) -> None:
     context = multiprocessing.get_context("spawn")
     pipe, child_pipe = context.Pipe()
-    process = context.Process(target=serve, args=(child_pipe,))
+    process = context.Process(target=serve, args=(child_pipe,), daemon=True)
     process.start()
     child_pipe.close()
     channel = SharedMemoryChannel(pipe.recv(), "bench")

@@ -137,12 +137,14 @@ def test_wrong_shape_is_named(copy_of_tiny: Path) -> None:
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no \\*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
         Checkpoint(tmp_path)
 
 
 def test_text_only_model_has_no_vision_encoder() -> None:
-    config = ModelConfig.from_dict({k: v for k, v in REAL_28B.items() if k != "vision_config"} | {"model_type": "ernie4_5_moe"})
+    config = ModelConfig.from_dict(
+        {k: v for k, v in REAL_28B.items() if k != "vision_config"} | {"model_type": "ernie4_5_moe"}
+    )
     assert not config.is_multimodal
     with pytest.raises(ConfigError, match="vision pool"):
         build_vision(config, dtype=torch.float32, device=META)

@@ -21,6 +21,7 @@ from ernie_cluster.transport.base import JSON, Channel, Message, Payload, PieceH
 
 TIMEOUT_S = 20.0
 REFUSED_EPOCH = 666
+UNFORESEEN_EPOCH = 667
 Connect = Callable[[], Channel]
 
 
@@ -39,6 +40,8 @@ class RecordingSink:
         assert not payload.flags.writeable
         if header.epoch == REFUSED_EPOCH:
             raise TransferFailed(f"epoch {header.epoch} is not the lease's")
+        if header.epoch == UNFORESEEN_EPOCH:
+            raise KeyError("a bug in the sink")
         with self._lock:
             self.pieces.append(
                 [header.request_id, header.epoch, header.piece, list(header.detail), digest(payload.tobytes())]
@@ -130,10 +133,16 @@ class TransportLaws:
         assert send(channel, header(1, 4), b"good").result(TIMEOUT_S) is None
         assert [piece[2] for piece in seen(channel)] == [1]
 
+    def test_a_bug_in_the_sink_is_a_refusal(self, connect: Connect) -> None:
+        channel = connect()
+        with pytest.raises(TransferFailed, match=r"KeyError.*a bug in the sink"):
+            send(channel, header(0, 4, epoch=UNFORESEEN_EPOCH), b"data").result(TIMEOUT_S)
+        assert send(channel, header(1, 4), b"good").result(TIMEOUT_S) is None
+
     def test_packing_that_fails_fails_its_piece_only(self, connect: Connect) -> None:
         channel = connect()
         with pytest.raises(TransferFailed, match="ZeroDivisionError") as failure:
-            channel.push(header(0), lambda payload: 1 / 0).result(TIMEOUT_S)  # type: ignore[arg-type,return-value]
+            channel.push(header(0), lambda payload: 1 / 0).result(TIMEOUT_S)  # type: ignore[arg-type]
         assert isinstance(failure.value.__cause__, ZeroDivisionError)
         assert send(channel, header(1, 4), b"good").result(TIMEOUT_S) is None
         assert [piece[2] for piece in seen(channel)] == [1]

@@ -1,0 +1,66 @@
+"""From a configuration to the loaded `Worker` of one engine rank. Imported inside the rank only: torch stands behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ernie_cluster.actors import process
+from ernie_cluster.actors.messages import Outcome
+from ernie_cluster.config.cluster import ClusterConfig, Role
+from ernie_cluster.config.kv_layout import KVLayout
+from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.runner import Runner
+from ernie_cluster.engine.worker import Worker, WorkerSettings
+from ernie_cluster.errors import ConfigError
+
+
+def load_worker(
+    config: ClusterConfig, model: str, role: Role, num_cpus: float, emit: Callable[[list[Outcome]], None]
+) -> Worker:
+    """Weights and KV cache in place, nothing running yet.
+
+    Args:
+        config, model, role, num_cpus: as of the rank, see `EngineRank`.
+        emit: takes the outcomes.
+
+    Raises:
+        ConfigError: the KV cache holds no two blocks, or a GPU is wanted and there is none.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    deployment = config.model(model)
+    settings = deployment.engine
+    process.set_threads(settings.num_threads or max(1, int(num_cpus)))
+    device = process.choose_device(settings.device)
+    shape = ModelConfig.from_folder(deployment.path)
+    dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
+    layout = KVLayout.from_model(shape, settings.block_size, dtype)
+    num_blocks = settings.kv_cache_bytes // layout.block_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"kv_cache_bytes = {settings.kv_cache_bytes} holds {num_blocks} blocks of {layout.block_bytes} bytes; "
+            f"give at least {2 * layout.block_bytes}"
+        )
+    runner = Runner.load(
+        deployment.path,
+        shape,
+        role,
+        dtype=dtype,
+        device=device,
+        num_blocks=num_blocks,
+        block_size=settings.block_size,
+    )
+    return Worker(
+        runner,
+        shape,
+        WorkerSettings(
+            block_size=settings.block_size,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_num_seqs=settings.max_num_seqs,
+            enable_prefix_cache=settings.enable_prefix_cache,
+            reserve_output_tokens=config.router.reserve_output_tokens,
+            lease_timeout_s=config.router.lease_timeout_s,
+            piece_bytes=config.transport.piece_bytes,
+            can_encode=role != "decode",
+        ),
+        emit,
+    )
