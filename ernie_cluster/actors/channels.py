@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.config.cluster import TransportConfig
 from ernie_cluster.errors import ReplicaLost
-from ernie_cluster.transport.base import Channel, Message, Sink
+from ernie_cluster.transport.base import Channel, Message, Pack, PieceHeader, Sink
 from ernie_cluster.transport.choose import Choice, Endpoint, choose
 from ernie_cluster.transport.object_store import ObjectStoreChannel, ObjectStoreReceiver
 from ernie_cluster.transport.shared_memory import SharedMemoryChannel, SharedMemoryReceiver
@@ -43,34 +44,61 @@ class Receivers:
         self.object_store.close()
 
 
+class _Watched:
+    """A `Channel` that remembers when a call found its peer lost. Every hand-over makes calls, so one is enough."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.is_lost = False
+
+    @property
+    def max_piece_bytes(self) -> int:
+        return self._channel.max_piece_bytes
+
+    def push(self, header: PieceHeader, pack: Pack) -> Future[None]:
+        return self._channel.push(header, pack)
+
+    def call(self, message: Message, timeout_s: float) -> Future[Message]:
+        answer = self._channel.call(message, timeout_s)
+        answer.add_done_callback(self._look_at)
+        return answer
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _look_at(self, answer: Future[Message]) -> None:
+        self.is_lost |= not answer.cancelled() and isinstance(answer.exception(), ReplicaLost)
+
+
 class Channels:
-    """Owns the outgoing channels of one replica."""
+    """Owns the outgoing channels of one replica; safe to use from any thread."""
 
     def __init__(self, me: Endpoint) -> None:
         self._me = me
-        self._open: dict[Endpoint, Channel] = {}
+        self._open: dict[Endpoint, _Watched] = {}
+        self._lock = threading.Lock()
 
     def to(self, peer: Endpoint) -> Channel:
-        """The channel to a peer; made when the two first meet.
+        """The channel to a peer; made when the two first meet, and again after it was lost.
 
         Raises:
             ReplicaLost: the peer cannot be reached.
+            TransferFailed: it refuses.
         """
-        if peer not in self._open:
-            choice = choose(self._me, peer)
-            log.info("channel to %s: %s, because %s", peer.actor_name, choice.kind, choice.reason)
-            self._open[peer] = self._make(choice, peer)
-        return self._open[peer]
-
-    def drop(self, peer: Endpoint) -> None:
-        """Close the channel to a peer that failed; the next request opens a new one."""
-        channel = self._open.pop(peer, None)
-        if channel is not None:
-            channel.close()
+        with self._lock:
+            for lost in [p for p, channel in self._open.items() if channel.is_lost]:
+                self._open.pop(lost).close()
+            if peer not in self._open:
+                choice = choose(self._me, peer)
+                log.info("channel to %s: %s, because %s", peer.actor_name, choice.kind, choice.reason)
+                self._open[peer] = _Watched(self._make(choice, peer))
+            return self._open[peer]
 
     def close(self) -> None:
-        for peer in list(self._open):
-            self.drop(peer)
+        with self._lock:
+            for channel in self._open.values():
+                channel.close()
+            self._open.clear()
 
     def _make(self, choice: Choice, peer: Endpoint) -> Channel:
         if choice.kind == "shared_memory":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -21,6 +20,8 @@ from ernie_cluster.actors.router import find_router, router_name
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import ConfigError, ReplicaError
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
 
@@ -55,6 +56,7 @@ def start_ray(config: ClusterConfig, address: str | None, report: Report) -> Non
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it would report every call of ours on the terminal
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
     if address is not None:
         report(f"joining the Ray cluster at {address}")
@@ -71,7 +73,7 @@ def start_ray(config: ClusterConfig, address: str | None, report: Report) -> Non
     report("starting Ray on this machine")
     for attempt in (1, 2):
         try:
-            ray.init(num_cpus=max(wanted, cores), include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=max(wanted, cores), include_dashboard=False, **quiet)
             return
         except Exception as e:
             ray.shutdown()
@@ -89,27 +91,20 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
     """
     deadline = time.monotonic() + timeout_s
     report("starting Serve")
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": config.api.host, "port": config.api.port, "request_timeout_s": None},
-        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-    )
+    router = find_router(app_name, config)  # its process starts while Serve's do
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    http = {"host": config.api.host, "port": config.api.port, "request_timeout_s": None}
+    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
     failure: list[Exception] = []
 
     def run() -> None:
         try:
-            serve.run(
-                build_app(config, app_name),
-                name=app_name,
-                route_prefix="/",
-                logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-            )
+            serve.run(build_app(config, app_name), name=app_name, route_prefix="/", logging_config=quiet)
         except Exception as e:
             failure.append(e)
 
     deploying = threading.Thread(target=run, name="serve-run", daemon=True)
     deploying.start()
-    router = find_router(app_name, config)
     said: set[str] = set()
     waiting_for = ""
     while True:
@@ -134,15 +129,16 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
         raise ReplicaError(f"the application did not start: {failure[0]}{_why(app_name)}")
 
 
-def stop(report: Report, app_name: str = APP_NAME, *, is_ours: bool = True) -> None:
-    """Delete the application; with `is_ours`, the Ray cluster too."""
+def stop(report: Report, app_name: str = APP_NAME) -> None:
+    """Delete the application; and the Ray cluster with all its processes, if `start_ray` started it. May follow a failed start."""
     report("stopping")
-    serve.delete(app_name)
-    with contextlib.suppress(ValueError):
+    try:
+        serve.delete(app_name)
         ray.kill(ray.get_actor(router_name(app_name), NAMESPACE))
-    if is_ours:
-        serve.shutdown()
-    ray.shutdown()
+    except Exception as e:  # it never came so far, or a part of it is gone already
+        log.info("stopping: %s", e)
+    finally:
+        ray.shutdown()  # ends a cluster that this process has started, Serve with it
 
 
 def _failed_deployment(app_name: str) -> str:

@@ -1,4 +1,4 @@
-"""The API's side of an engine's outcomes: one poll always under way per engine, fanned out to the requests."""
+"""The API's side of an engine's outcomes: one poll always under way per engine, fanned out to the attempts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import logging
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from ernie_cluster.actors.messages import NAMESPACE, Batch, Outcome, ReplicaInfo
+from ernie_cluster.actors.merge import Failure, News
+from ernie_cluster.actors.messages import NAMESPACE, Batch, ReplicaInfo
 from ernie_cluster.errors import EngineFailed, ErnieClusterError, ReplicaLost
 from ernie_cluster.request import RequestFailed
 
@@ -21,12 +22,16 @@ _POLL_TIMEOUT_S = 10.0
 
 
 def translate(error: BaseException, where: str) -> Exception:
-    """An exception of Ray's, as one of our tree."""
+    """An exception that came out of a Ray call, as one of our tree.
+
+    Args:
+        where: who was called, for the message.
+    """
     if isinstance(error, RayTaskError):
         cause = error.cause
-        return (
-            cause if isinstance(cause, ErnieClusterError) else EngineFailed(f"{where}: {type(cause).__name__}: {cause}")
-        )
+        if isinstance(cause, ErnieClusterError):
+            return cause
+        return EngineFailed(f"{where}: {type(cause).__name__}: {cause}")
     if isinstance(error, ErnieClusterError):
         return error
     if isinstance(error, RayActorError):
@@ -36,12 +41,20 @@ def translate(error: BaseException, where: str) -> Exception:
     return EngineFailed(f"{where}: {type(error).__name__}: {error}")
 
 
+def failure_of(error: BaseException, replica_id: str) -> Failure:
+    """What a failed call of a replica means for the attempt."""
+    return Failure(replica_id, translate(error, replica_id), is_told=isinstance(error, RayTaskError))
+
+
 class Link:
-    """One engine, seen from one API replica.
+    """One replica, seen from one API replica.
 
     Args:
         info: the replica.
         client_id: of this API replica.
+
+    Raises:
+        ReplicaLost: it is gone already.
     """
 
     def __init__(self, info: ReplicaInfo, client_id: str) -> None:
@@ -50,18 +63,19 @@ class Link:
             self.actor: Any = ray.get_actor(info.actor_name, NAMESPACE)
         except ValueError:
             raise ReplicaLost(f"{info.replica_id} is gone") from None
-        self._queues: dict[str, asyncio.Queue[Outcome]] = {}
+        self._queues: dict[str, asyncio.Queue[News]] = {}
         self._poller: asyncio.Task[None] | None = None
         self.is_lost = False
+        """Its polls have failed; a new link is needed."""
 
-    def subscribe(self, request_id: str, queue: asyncio.Queue[Outcome]) -> None:
-        """Outcomes of this request go to `queue` from now on."""
-        self._queues[request_id] = queue
-        if self._poller is None and info_has_events(self.info):
+    def subscribe(self, key: str, queue: asyncio.Queue[News]) -> None:
+        """Outcomes of this attempt go to `queue` from now on; a vision replica has none beside its call's result."""
+        self._queues[key] = queue
+        if self._poller is None and self.info.role != "vision":
             self._poller = asyncio.ensure_future(self._poll())
 
-    def unsubscribe(self, request_id: str) -> None:
-        self._queues.pop(request_id, None)
+    def unsubscribe(self, key: str) -> None:
+        self._queues.pop(key, None)
 
     async def close(self) -> None:
         if self._poller is not None:
@@ -73,24 +87,20 @@ class Link:
         acknowledged = 0
         try:
             while True:
-                batch: Batch = await asyncio.wait_for(
-                    self.actor.poll.remote(self._client_id, acknowledged), _POLL_TIMEOUT_S
-                )
+                poll = self.actor.poll.remote(self._client_id, acknowledged)
+                batch: Batch = await asyncio.wait_for(poll, _POLL_TIMEOUT_S)
                 acknowledged = batch.number
                 for outcome in batch.outcomes:
                     queue = self._queues.get(outcome.request_id)
-                    if queue is not None:
+                    if queue is None:
+                        continue  # its client has left
+                    if isinstance(outcome, RequestFailed):
+                        queue.put_nowait(Failure(self.info.replica_id, outcome.error, is_told=True))
+                    else:
                         queue.put_nowait(outcome)
-        except asyncio.CancelledError:
-            raise
-        except (Exception, ActorUnavailableError) as e:
+        except Exception as e:
             self.is_lost = True
-            error = translate(e, self.info.replica_id)
-            log.warning("lost %s: %s", self.info.replica_id, error)
-            for request_id, queue in self._queues.items():
-                queue.put_nowait(RequestFailed(request_id, error))
-
-
-def info_has_events(info: ReplicaInfo) -> bool:
-    """Vision replicas answer the call itself."""
-    return info.role != "vision"
+            failure = failure_of(e, self.info.replica_id)
+            log.warning("lost %s: %s", self.info.replica_id, failure.error)
+            for queue in self._queues.values():
+                queue.put_nowait(failure)

@@ -19,11 +19,14 @@ from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route
 from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.policy.admission import Refusal
-from ernie_cluster.policy.routing import choose_path
+from ernie_cluster.policy.routing import Path, choose_path
 from ernie_cluster.policy.snapshot import Books, Demand, ReplicaSnapshot
 
 log = logging.getLogger(__name__)
 
+_SETTLE_S = 3.0
+"""A router that has just started refuses nobody: replicas register once a second, so it cannot know them all yet."""
+_SETTLE_PAUSE_S = 0.1
 _IDLE_EXIT_S = 60.0
 """A router that nobody registers with or asks for this long belongs to no application any more."""
 
@@ -48,7 +51,7 @@ class Router:
         self._books = Books(self._limits.heartbeat_timeout_s)
         self._replicas: dict[str, ReplicaInfo] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
-        self._last_seen_s = time.monotonic()
+        self._started_s = self._last_seen_s = time.monotonic()
         self._idle_watch: asyncio.Task[None] | None = None
 
     async def register(self, info: ReplicaInfo) -> None:
@@ -71,7 +74,7 @@ class Router:
         """Decide the whole path of one attempt and book it.
 
         Args:
-            key: request and attempt.
+            key: names the attempt; what was booked under it before is let go.
             exclude: replicas that failed this request before.
             timeout_s: the booking lapses after this.
 
@@ -79,11 +82,14 @@ class Router:
             Overloaded: no path has room now.
         """
         self._touch()
-        now = time.monotonic()
-        path = choose_path(demand, self._books.view(now), self._limits, exclude=frozenset(exclude))
-        if isinstance(path, Refusal):
-            raise path.to_error()
-        self._books.promise(key, path.promises, now + timeout_s)
+        self._books.release(key)
+        path = self._choose(demand, exclude)
+        while isinstance(path, Refusal):
+            if time.monotonic() - self._started_s > _SETTLE_S:
+                raise path.to_error()
+            await asyncio.sleep(_SETTLE_PAUSE_S)
+            path = self._choose(demand, exclude)
+        self._books.promise(key, path.promises, time.monotonic() + timeout_s)
         log.debug("%s: %s", key, "; ".join(path.reasons))
         return Route(
             path,
@@ -127,6 +133,9 @@ class Router:
         """Invariants of the books; how many promises are open."""
         self._books.check()
         return self._books.num_promises
+
+    def _choose(self, demand: Demand, exclude: Sequence[str]) -> Path | Refusal:
+        return choose_path(demand, self._books.view(time.monotonic()), self._limits, exclude=frozenset(exclude))
 
     def _touch(self) -> None:
         self._last_seen_s = time.monotonic()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ernie_cluster.actors.channels import Channels, Receivers, receive
 from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Ready
 from ernie_cluster.config.cluster import ClusterConfig, Role
-from ernie_cluster.errors import ReplicaLost, TransferFailed
+from ernie_cluster.errors import TransferFailed
 from ernie_cluster.request import Span
 from ernie_cluster.transport.base import Channel, Message, PieceHeader, Reply
 
@@ -73,9 +73,6 @@ class VisionRank:
         self._waiting_tokens += tokens
         try:
             return await self._encode(task)
-        except ReplicaLost:
-            await asyncio.to_thread(self._channels.drop, task.destination)
-            raise
         finally:
             self._running.discard(task.request_id)
             self._waiting_tokens -= tokens

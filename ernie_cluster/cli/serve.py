@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
         progress(f"ready: {url}/v1 serves {', '.join(m.name for m in config.models)}; Ctrl-C stops")
         wait_for_signal()
     finally:
-        launch.stop(progress, is_ours=args.address is None)
+        launch.stop(progress)
     return 0
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ernie_cluster.engine.block_pool import BlockPool, OutOfBlocks
-from ernie_cluster.errors import Overloaded, TransferFailed
+from ernie_cluster.engine.block_pool import BlockPool
+from ernie_cluster.errors import ContextTooLong, Overloaded, TransferFailed
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +50,14 @@ class LeaseTable:
         return sum(len(lease.blocks) for lease in self._leases.values())
 
     def grant(
-        self, request_id: str, epoch: int, num_tokens: int, hashes: Sequence[bytes], reserve_tokens: int, now_s: float
+        self,
+        request_id: str,
+        epoch: int,
+        num_tokens: int,
+        hashes: Sequence[bytes],
+        reserve_tokens: int,
+        now_s: float,
+        keep_free: int = 0,
     ) -> Lease:
         """Blocks for `num_tokens` and a first stretch of output; the cached prefix is shared.
 
@@ -59,24 +66,34 @@ class LeaseTable:
         Args:
             num_tokens: prompt (and replayed output).
             hashes: content hashes of the prompt's full blocks; the last token is never taken from the cache.
-            reserve_tokens: output tokens to hold blocks for.
+            reserve_tokens: output tokens to hold blocks for, as far as there are any.
+            keep_free: blocks that must stay free, since others have waited for them longer.
 
         Raises:
+            ContextTooLong: the tokens would not fit even if all blocks were free.
             Overloaded: not enough blocks are free.
             TransferFailed: a newer attempt of this request holds a lease already.
         """
+        needed, capacity = self.pool.num_blocks_for(num_tokens), self.pool.num_blocks - 1
+        if needed > capacity:
+            raise ContextTooLong(
+                f"{num_tokens} tokens need {needed} KV blocks of {self.pool.block_size}, this replica has {capacity}; "
+                "shorten the prompt"
+            )
         old = self._leases.get(request_id)
         if old is not None:
             if old.epoch >= epoch:
                 raise TransferFailed(f"request {request_id}: attempt {epoch} came after attempt {old.epoch}")
             self.end(request_id)
         shared = self.pool.share(hashes[: (num_tokens - 1) // self.pool.block_size])
-        wanted = self.pool.num_blocks_for(num_tokens + reserve_tokens) - len(shared)
-        try:
-            own = self.pool.allocate(wanted)
-        except OutOfBlocks as e:
+        wanted = min(self.pool.num_blocks_for(num_tokens + reserve_tokens), capacity) - len(shared)
+        free = self.pool.num_free
+        if wanted + keep_free > free:
             self.pool.free(shared)
-            raise Overloaded(f"KV cache is full: {e}") from None
+            raise Overloaded(
+                f"KV cache is full: {wanted} blocks wanted, {free} of {capacity} free, {keep_free} of them spoken for"
+            )
+        own = self.pool.allocate(wanted)
         lease = Lease(request_id, epoch, shared + own, len(shared), now_s + self.timeout_s)
         self._leases[request_id] = lease
         return lease

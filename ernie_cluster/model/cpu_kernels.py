@@ -176,6 +176,47 @@ def experts(x, gate_up, down, ids, weights, out):
 
 
 @numba.njit(**_OPTIONS)
+def route(x, weight, bias, norm_min, ids, weights):
+    """Softmax over the experts, top-k by biased and weights by unbiased probability, renormalised.
+
+    Args:
+        x: uint16 [M, K] bits. weight: float32 [E, K]. bias: float32 [E]. ids: int64 [M, k] and weights:
+        float32 [M, k], written.
+    """
+    num_experts, size = weight.shape
+    token, scores, taken = (
+        np.empty(size, np.float32),
+        np.empty(num_experts, np.float32),
+        np.empty(num_experts, np.bool_),
+    )
+    for m in range(x.shape[0]):
+        for k in range(size):
+            token[k] = _widen(x[m, k])
+        for e in range(num_experts):
+            total = np.float32(0)
+            for k in range(size):
+                total += token[k] * weight[e, k]
+            scores[e] = total
+        highest, total = scores.max(), np.float32(0)
+        for e in range(num_experts):
+            scores[e] = np.exp(scores[e] - highest)
+            total += scores[e]
+            taken[e] = False
+        chosen_total = np.float32(0)
+        for i in range(ids.shape[1]):
+            best, best_score = -1, np.float32(0)
+            for e in range(num_experts):
+                score = scores[e] / total + bias[e]
+                if not taken[e] and (best < 0 or score > best_score):
+                    best, best_score = e, score
+            taken[best] = True
+            ids[m, i], weights[m, i] = best, scores[best] / total
+            chosen_total += weights[m, i]
+        for i in range(ids.shape[1]):
+            weights[m, i] /= max(chosen_total, np.float32(norm_min))
+
+
+@numba.njit(**_OPTIONS)
 def add_rms_norm(x, residual, weight, eps, out):
     """residual += x; out = rms_norm(residual) * weight; all bfloat16 bits, rounded where torch rounds."""
     num_tokens, size = x.shape

@@ -69,6 +69,17 @@ class NumbaOps(TorchOps):
         gate_up, down = self._pairs(pools[0].gate_up_EWD), self._pairs(pools[0].down_EDW)
         return self._experts(x_TD, gate_up, down, ids_TK.numpy(), weights_TK.numpy())
 
+    def route(
+        self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, top_k: int, norm_min: float
+    ) -> tuple[Tensor, Tensor]:
+        if x_TD.shape[0] > _MOST_TOKENS:
+            return super().route(x_TD, weight_ED, bias_E, top_k, norm_min)
+        ids, weights = torch.empty(x_TD.shape[0], top_k, dtype=torch.long), torch.empty(x_TD.shape[0], top_k)
+        cpu_kernels.route(
+            _bits(x_TD), weight_ED.data.numpy(), bias_E.data.numpy(), norm_min, ids.numpy(), weights.numpy()
+        )
+        return ids, weights
+
     def rotate_and_store(
         self,
         qkv_TX: Tensor,
@@ -81,7 +92,7 @@ class NumbaOps(TorchOps):
         if qkv_TX.shape[0] > _MOST_TOKENS:
             return super().rotate_and_store(qkv_TX, cos_TF, sin_TF, slots_T, pages, num_heads)
         q = _new(qkv_TX.shape[0], num_heads, pages[0].shape[-1])
-        k_pages, v_pages = (_bits(p).reshape(-1, *p.shape[2:]) for p in pages)
+        k_pages, v_pages = (v.reshape(-1, *v.shape[2:]) for v in map(self._view, pages))
         cpu_kernels.rotate_and_store(
             _bits(qkv_TX), cos_TF.numpy(), sin_TF.numpy(), slots_T.numpy(), k_pages, v_pages, _bits(q)
         )
@@ -92,7 +103,7 @@ class NumbaOps(TorchOps):
         tables, lens = step.block_tables_BM.numpy(), step.seq_lens_B.numpy()
         with _lock:
             cpu_kernels.decode_attention(
-                _bits(q_BHD.contiguous()), _bits(pages[0]), _bits(pages[1]), tables, lens, _bits(out)
+                _bits(q_BHD.contiguous()), self._view(pages[0]), self._view(pages[1]), tables, lens, _bits(out)
             )
         return out
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_cluster.config.model import ExpertPool, TextConfig
-from ernie_cluster.model.ops import ExpertWeights, TorchOps
+from ernie_cluster.model.ops import ExpertWeights, TorchOps, choose_experts
 
 
 def empty_weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -27,8 +27,9 @@ class Router(nn.Module):
     Weight and bias are float32, whatever the model's dtype.
     """
 
-    def __init__(self, hidden_size: int, pools: Sequence[ExpertPool], norm_min: float) -> None:
+    def __init__(self, hidden_size: int, pools: Sequence[ExpertPool], norm_min: float, ops: TorchOps) -> None:
         super().__init__()
+        self.ops = ops
         self.num_experts, self.top_k, self.norm_min = pools[0].num_experts, pools[0].top_k, norm_min
         self.num_pools = len(pools)
         self.weight = empty_weight(self.num_pools * self.num_experts, hidden_size, dtype=torch.float32)
@@ -36,17 +37,13 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> tuple[Tensor, Tensor]:
         """(ids int64 [T, K] over all pools, weights float32 [T, K] summing to 1)."""
-        logits = nn.functional.linear(x_TD.float(), self.weight)
-        pool_T = is_vision_T.long() if self.num_pools > 1 else torch.zeros_like(is_vision_T, dtype=torch.long)
-        if self.num_pools > 1:
-            by_pool = logits.view(-1, self.num_pools, self.num_experts)
-            logits = by_pool.gather(1, pool_T[:, None, None].expand(-1, 1, self.num_experts))[:, 0]
-        scores = logits.softmax(-1)
-        ids = (scores + self.bias[pool_T]).topk(self.top_k, -1, sorted=False).indices
-        weights = scores.gather(-1, ids)
-        return ids + (pool_T * self.num_experts)[:, None], weights / weights.sum(-1, keepdim=True).clamp_min(
-            self.norm_min
-        )
+        if self.num_pools == 1:
+            return self.ops.route(x_TD, self.weight, self.bias[0], self.top_k, self.norm_min)
+        pool_T = is_vision_T.long()
+        logits = nn.functional.linear(x_TD.float(), self.weight).view(-1, self.num_pools, self.num_experts)
+        logits = logits.gather(1, pool_T[:, None, None].expand(-1, 1, self.num_experts))[:, 0]
+        ids, weights = choose_experts(logits, self.bias[pool_T], self.top_k, self.norm_min)
+        return ids + (pool_T * self.num_experts)[:, None], weights
 
 
 class Experts(nn.Module):
@@ -74,7 +71,7 @@ class SparseMLP(nn.Module):
         if has_vision_experts and config.vision_experts is not None:
             pools.append(config.vision_experts)
         self.ops = ops
-        self.router = Router(config.hidden_size, pools, config.norm_min)
+        self.router = Router(config.hidden_size, pools, config.norm_min, ops)
         experts = [Experts(config.hidden_size, pool, dtype) for pool in pools]
         self.pools = nn.ModuleList(experts)
         self._weights = [e.weights for e in experts]

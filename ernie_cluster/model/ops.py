@@ -32,6 +32,14 @@ class ExpertWeights:
         return self.gate_up_EWD.shape[0]
 
 
+def choose_experts(logits_TE: Tensor, bias_TE: Tensor, top_k: int, norm_min: float) -> tuple[Tensor, Tensor]:
+    """(ids int64 [T, K], weights float32 [T, K]): chosen by biased, weighted by unbiased, renormalised probabilities."""
+    scores = logits_TE.softmax(-1)
+    ids = (scores + bias_TE).topk(top_k, -1, sorted=False).indices
+    weights = scores.gather(-1, ids)
+    return ids, weights / weights.sum(-1, keepdim=True).clamp_min(norm_min)
+
+
 class TorchOps:
     """Plain torch; no state."""
 
@@ -115,6 +123,12 @@ class TorchOps:
             q_QHD.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
         return out[0].transpose(0, 1).reshape(query, -1)
+
+    def route(
+        self, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, top_k: int, norm_min: float
+    ) -> tuple[Tensor, Tensor]:
+        """Experts of one pool for each token: (ids int64 [T, K], weights float32 [T, K]); all in float32."""
+        return choose_experts(functional.linear(x_TD.float(), weight_ED), bias_E, top_k, norm_min)
 
     def experts(self, x_TD: Tensor, pools: Sequence[ExpertWeights], ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of each token's experts -> [T, D].

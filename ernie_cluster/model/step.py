@@ -6,7 +6,7 @@ token each) come first, then the chunks of sequences that prefill. Knows no sche
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,6 +56,11 @@ class KVCache:
     """
 
     data: Tensor
+    _layers: tuple[tuple[Tensor, Tensor], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # made once: views cost microseconds, and kernels may know them again
+        object.__setattr__(self, "_layers", tuple((pages[0], pages[1]) for pages in self.data))
 
     @classmethod
     def allocate(
@@ -78,5 +83,4 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V pages of one layer, each [num_blocks, block_size, kv_heads, head_dim]."""
-        pages = self.data[index]
-        return pages[0], pages[1]
+        return self._layers[index]

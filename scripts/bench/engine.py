@@ -4,7 +4,7 @@
 
 A random bfloat16 model of the family's shape, text only: hidden 1024, 12 layers, 16 heads of 64, 4 KV heads, 32
 experts of width 512 (6 chosen), one shared expert of 512, first layer dense 4096, vocabulary 32,000. All ratios are
-taken in one run: bandwidth and GEMM rate are measured before and after, and the better figure of both is the bound.
+taken in one run, each measurement beside its own measurement of the bound: shared machines change by the second.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ernie_cluster.request import GenerationRequest, SamplingParams
 
 CONTEXT = 64
 PREFILL = 2000
+EXPERT_BYTES = 3 * 1024 * 512 * 2
 _numbers = itertools.count()
 
 
@@ -45,28 +46,30 @@ def bench_config() -> ModelConfig:
     return ModelConfig(text, None, None, "bfloat16")
 
 
-def best_seconds(work: Callable[[], object], repeats: int) -> float:
+def seconds_of(work: Callable[[], object], repeats: int) -> float:
+    """Median over a few repeats."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of summing 1 GiB."""
-    data = torch.ones(1 << 27, dtype=torch.int64)
-    return data.nbytes / best_seconds(data.sum, 5)
+class Bounds:
+    """What the machine can do at this moment; asked again before each measurement, as shared machines change."""
 
+    def __init__(self) -> None:
+        self._data = torch.ones(1 << 27, dtype=torch.int64)
+        self._a, self._b = torch.randn(2048, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
 
-def gemm_rate() -> float:
-    """bfloat16 FLOPs per second of 2048 x 4096 x 4096, the better of three shapes' best."""
-    rates = []
-    for m, n, k in ((2048, 2048, 2048), (2048, 4096, 4096), (4096, 4096, 4096)):
-        a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
-        rates.append(2 * m * n * k / best_seconds(lambda a=a, b=b: torch.nn.functional.linear(a, b), 4))  # type: ignore[misc]
-    return max(rates)
+    def bandwidth(self) -> float:
+        """Bytes per second of summing 1 GiB."""
+        return self._data.nbytes / seconds_of(self._data.sum, 3)
+
+    def gemm_rate(self) -> float:
+        """bfloat16 FLOPs per second of 2048 x 4096 x 4096."""
+        return 2 * 2048 * 4096 * 4096 / seconds_of(lambda: torch.nn.functional.linear(self._a, self._b), 3)
 
 
 def fixed_bytes(decoder: Decoder) -> int:
@@ -114,25 +117,37 @@ def make_worker(decoder: Decoder, config: ModelConfig) -> Worker:
     return worker
 
 
-def decode(worker: Worker, batch: int, steps: int) -> tuple[float, float, float]:
-    """(median seconds of an engine step, of the model alone within it, experts hit per step) at a batch size."""
+def decode(worker: Worker, bounds: Bounds, batch: int, rounds: int, steps: int) -> dict[str, float | str]:
+    """Engine steps at one batch size, in rounds, each beside its own measurement of the bandwidth."""
+    decoder, engine = worker.engine.runner.decoder, worker.engine
     for _ in range(batch):
-        worker.open_prefill(request(CONTEXT, steps + 20), 0, None)
-    engine = worker.engine
+        worker.open_prefill(request(CONTEXT, rounds * steps + 40), 0, None)
     for _ in range(6):
         engine.step()
-    times, run_times = [], []
-    for _ in range(steps):
-        run_before, start = engine.counters.run_s, time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
-        run_times.append(engine.counters.run_s - run_before)
-    with ExpertCounter(engine.runner.decoder) as counter:
+    with ExpertCounter(decoder) as counter:
         for _ in range(10):
             engine.step()
+    num_bytes = fixed_bytes(decoder) + counter.hits / 10 * EXPERT_BYTES
+    times, model_times, ratios, rates = [], [], [], []
+    for _ in range(rounds):
+        rates.append(bounds.bandwidth())
+        run_before, start = engine.counters.run_s, time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        times.append((time.perf_counter() - start) / steps)
+        model_times.append((engine.counters.run_s - run_before) / steps)
+        ratios.append(times[-1] * rates[-1] / num_bytes)
     while engine.step():
         pass
-    return statistics.median(times), statistics.median(run_times), counter.hits / 10
+    return {
+        "what": f"decode, batch {batch}",
+        "ms per step": statistics.median(times) * 1e3,
+        "of it the model": statistics.median(model_times) * 1e3,
+        "GB touched": num_bytes / 1e9,
+        "GB/s": num_bytes / statistics.median(times) / 1e9,
+        "reading GB/s": statistics.median(rates) / 1e9,
+        "times the reading": statistics.median(ratios),
+    }
 
 
 def prefill_flops(config: TextConfig, num_tokens: int) -> float:
@@ -150,52 +165,45 @@ def prefill_flops(config: TextConfig, num_tokens: int) -> float:
     return 2.0 * num_tokens * (linear + scores) + 2.0 * c.hidden_size * c.vocab_size
 
 
-def prefill(worker: Worker, repeats: int) -> float:
-    """Best seconds of an engine step over one prompt."""
-    times = []
-    for _ in range(repeats):
+def prefill(worker: Worker, bounds: Bounds, config: TextConfig, rounds: int) -> dict[str, float | str]:
+    """One prompt in one engine step, in rounds, each beside its own measurement of the GEMM rate."""
+    flops = prefill_flops(config, PREFILL)
+    times, shares, rates = [], [], []
+    for _ in range(rounds):
+        rates.append(bounds.gemm_rate())
         worker.open_prefill(request(PREFILL, 1), 0, None)
         start = time.perf_counter()
         worker.engine.step()
         times.append(time.perf_counter() - start)
-    return min(times)
+        shares.append(flops / times[-1] / rates[-1])
+    return {
+        "what": f"prefill, {PREFILL} tokens",
+        "ms": statistics.median(times) * 1e3,
+        "GFLOP/s": flops / statistics.median(times) / 1e9,
+        "GEMM GFLOP/s": statistics.median(rates) / 1e9,
+        "share of GEMM rate": statistics.median(shares),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40, help="decode steps per batch size")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=12, help="decode steps per round")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     set_threads(args.threads)
     config = bench_config()
     decoder = build_decoder(config, "decode", dtype=torch.bfloat16, device=torch.device("cpu"))
     randomize(decoder)
-    for p in decoder.named_parameters():
-        if p[0].endswith("router.bias"):
-            p[1].zero_()
-    worker = make_worker(decoder, config)
-    bandwidth, rate = read_bandwidth(), gemm_rate()
-    expert_bytes = 3 * 1024 * 512 * 2
-    rows: list[dict[str, float | str]] = []
-    for batch in (1, 8):
-        step_s, run_s, hits = decode(worker, batch, args.steps)
-        num_bytes = fixed_bytes(decoder) + hits * expert_bytes
-        rows.append({"what": f"decode, batch {batch}", "ms": step_s * 1e3, "model ms": run_s * 1e3,
-                     "GB touched": num_bytes / 1e9, "GB/s": num_bytes / step_s / 1e9})  # fmt: skip
-    seconds, flops = prefill(worker, 3), prefill_flops(config.text, PREFILL)
-    bandwidth, rate = max(bandwidth, read_bandwidth()), max(rate, gemm_rate())
-    for row in rows:
-        row["times the reading"] = float(row["ms"]) / 1e3 * bandwidth / (float(row["GB touched"]) * 1e9)
-    rows.append({"what": f"prefill, {PREFILL} tokens", "ms": seconds * 1e3, "GFLOP/s": flops / seconds / 1e9,
-                 "share of GEMM rate": flops / seconds / rate})  # fmt: skip
-    result = {"threads": args.threads, "read GB/s": bandwidth / 1e9, "GEMM GFLOP/s": rate / 1e9, "rows": rows}
+    worker, bounds = make_worker(decoder, config), Bounds()
+    rows = [decode(worker, bounds, batch, args.rounds, args.steps) for batch in (1, 8)]
+    rows.append(prefill(worker, bounds, config.text, args.rounds))
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps({"threads": args.threads, "rows": rows}))
         return
-    print(f"{args.threads} threads; reading {bandwidth / 1e9:.1f} GB/s, bf16 GEMM {rate / 1e9:.0f} GFLOP/s")
     for row in rows:
-        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v:<22}" for k, v in row.items()))
+        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v:<20}" for k, v in row.items()))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,15 @@ def test_experts(compiled: TorchOps, num_tokens: int) -> None:
     assert_close(compiled.experts(x, [pool], ids, weights), PLAIN.experts(x, [pool], ids, weights), exact)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_route(compiled: TorchOps, num_tokens: int) -> None:
+    x, weight, bias = random(num_tokens, 64), torch.randn(8, 64), torch.randn(8) / 10
+    got, expected = (ops.route(x, weight, bias, 3, 1e-12) for ops in (compiled, PLAIN))
+    for m in range(num_tokens):  # the order of the chosen does not matter
+        pairs = [dict(zip(ids[m].tolist(), weights[m].tolist(), strict=True)) for ids, weights in (got, expected)]
+        assert pairs[0] == pytest.approx(pairs[1], rel=1e-4)
+
+
 def test_add_rms_norm_is_bit_equal(compiled: TorchOps) -> None:
     x, residual, weight = random(5, 96), random(5, 96, seed=1), random(96, seed=2)
     got, got_residual = compiled.add_rms_norm(x, residual, weight, 1e-5)

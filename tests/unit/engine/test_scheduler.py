@@ -1,0 +1,236 @@
+"""The scheduler inside a whole engine, on the toy model: random histories, and the corners where one could hang."""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ernie_cluster.engine.scheduler import Schedule
+from ernie_cluster.engine.sequence import Sequence, Status
+from ernie_cluster.engine.worker import Worker
+from ernie_cluster.errors import ContextTooLong, Evicted, Overloaded
+from ernie_cluster.request import GenerationRequest, MediaInput
+from ernie_cluster.transport.base import Message, PieceHeader, Reply
+from tests.tiny import Outcomes, make_image, make_request
+from tests.unit.engine.toy import ManualChannel, answer, picture_pieces, toy_worker
+
+picture = functools.cache(make_image)
+"""Pictures take a while to draw."""
+
+
+class Elsewhere:
+    """A decode replica's sink: room for everything, until the test answers."""
+
+    def __init__(self) -> None:
+        self.commits: dict[str, Reply] = {}
+
+    def accept(self, header: PieceHeader, payload: object) -> None:
+        """Everything is welcome."""
+
+    def handle(self, message: Message, reply: Reply) -> None:
+        if message["type"] == "claim":
+            reply({"cached_blocks": 0})
+        else:
+            self.commits[str(message["request_id"])] = reply
+
+    def disconnected(self, peer: str) -> None:
+        raise AssertionError("nobody closes")
+
+
+def watch(worker: Worker) -> list[Schedule]:
+    """The schedules that a worker makes from now on, each held to the scheduler's promises."""
+    scheduler, seen = worker.engine.scheduler, []
+    decide = scheduler.schedule
+
+    def checked() -> Schedule:
+        schedule = decide()
+        sequences = [*schedule.decodes, *(s for s, _ in schedule.chunks)]
+        assert schedule.num_tokens <= scheduler.max_batch_tokens
+        assert len(sequences) <= scheduler.max_num_seqs
+        assert len(set(sequences)) == len(sequences)
+        for sequence in sequences:
+            assert sequence.status is Status.RUNNING
+            assert sequence in scheduler.running
+        for sequence in schedule.decodes:
+            assert sequence.num_computed == len(sequence.tokens) - 1 >= sequence.num_prompt
+        for sequence, count in schedule.chunks:
+            assert 0 < count <= sequence.num_ready
+        for sequence, count in (*((s, 1) for s in schedule.decodes), *schedule.chunks):
+            assert len(sequence.blocks) * scheduler.pool.block_size >= sequence.num_computed + count
+        assert not any(s.is_prefill_only or s in sequences or s.blocks for s in schedule.preempted)
+        seen.append(schedule)
+        return schedule
+
+    scheduler.schedule = checked  # type: ignore[method-assign]
+    return seen
+
+
+def steps_until_idle(worker: Worker, bound: int) -> int:
+    """Step while there is something to run; the number of steps."""
+    for count in range(bound):
+        if not worker.engine.step():
+            return count
+        worker.check()
+    raise AssertionError(f"still running after {bound} steps")
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests of every kind come, wait for pictures, are handed over, aborted and preempted; all of them end."""
+
+    @initialize(
+        num_blocks=st.integers(4, 16),
+        block_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 4),
+        spare_tokens=st.integers(0, 8),
+        reserve=st.integers(0, 3),
+        has_cache=st.booleans(),
+    )
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, spare_tokens: int, reserve: int, has_cache: bool
+    ) -> None:
+        self.worker, self.outcomes = toy_worker(
+            num_blocks,
+            block_size,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_num_seqs + spare_tokens,
+            reserve_output_tokens=reserve,
+            enable_prefix_cache=has_cache,
+        )
+        watch(self.worker)
+        self.decode = Elsewhere()
+        self.channel = ManualChannel(self.decode)
+        self.requests: dict[str, GenerationRequest] = {}
+        self.to_hand_over: set[str] = set()
+        self.aborted: set[str] = set()
+        self.blind: set[str] = set()
+        self.num_leases = 0
+
+    @rule(
+        prompt=st.text("ab", min_size=1, max_size=12),
+        max_tokens=st.integers(1, 10),
+        images=st.lists(st.integers(1, 3), max_size=2),
+        is_prefill_only=st.booleans(),
+    )
+    def open(self, prompt: str, max_tokens: int, images: list[int], is_prefill_only: bool) -> None:
+        items: list[int | MediaInput] = [ord(letter) for letter in prompt]
+        for seed in images:
+            items.insert(seed, picture(seed, (1, 2, 2 * seed)))
+        request = make_request(items, f"r{len(self.requests)}", max_tokens=max_tokens)
+        try:
+            self.worker.open_prefill(request, 0, self.channel if is_prefill_only else None)
+        except Overloaded:
+            return
+        except ContextTooLong:
+            assert self.worker.pool.num_blocks_for(request.num_prompt_tokens) > self.worker.pool.num_blocks - 1
+            return
+        self.channel.deliver_all()
+        self.requests[request.request_id] = request
+        if is_prefill_only:
+            self.to_hand_over.add(request.request_id)
+        if images:
+            self.blind.add(request.request_id)
+
+    @rule(num_tokens=st.integers(1, 16))
+    def lease(self, num_tokens: int) -> None:
+        """Blocks go to somebody whose KV has not come."""
+        try:
+            self.worker.leases.grant(f"lease-{self.num_leases}", 0, num_tokens, [], 0, 0.0)
+        except (Overloaded, ContextTooLong):
+            return
+        self.num_leases += 1
+
+    @precondition(lambda self: self.num_leases)
+    @rule()
+    def end_lease(self) -> None:
+        self.num_leases -= 1
+        assert self.worker.leases.end(f"lease-{self.num_leases}")
+
+    @rule(times=st.integers(1, 5))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self.worker.engine.step()
+            self.worker.check()
+        self.channel.deliver_all()
+
+    @precondition(lambda self: self.blind)
+    @rule(data=st.data())
+    def pictures_arrive(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.blind)))
+        self.blind.remove(request_id)
+        sequence = self.worker.engine.sequences.get(request_id)
+        for index in range(len(self.requests[request_id].media)):
+            if sequence is not None and sequence.needs_media(index):
+                for piece in picture_pieces(self.requests[request_id], index, 0, 1):
+                    self.worker.inbox.accept(*piece)
+
+    @precondition(lambda self: self.decode.commits)
+    @rule(data=st.data())
+    def confirm(self, data: st.DataObject) -> None:
+        self.decode.commits.pop(data.draw(st.sampled_from(sorted(self.decode.commits))))({})
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        if self.worker.abort(request_id):
+            self.aborted.add(request_id)
+
+    @invariant()
+    def agrees(self) -> None:
+        if hasattr(self, "worker"):
+            assert self.worker.check()
+
+    def teardown(self) -> None:
+        """Whatever happened: once pictures, confirmations and blocks come, everybody ends, and rightly."""
+        if not hasattr(self, "worker"):
+            return
+        for number in range(self.num_leases):
+            assert self.worker.leases.end(f"lease-{number}")
+        bound = 10 + 4 * sum(r.max_total_tokens for r in self.requests.values()) * (1 + len(self.requests))
+        for request_id in sorted(self.blind):
+            self.give_pictures(request_id)
+        steps_until_idle(self.worker, bound)
+        self.channel.deliver_all()
+        for reply in self.decode.commits.values():
+            reply({})
+        steps_until_idle(self.worker, bound)
+        self.worker.engine.step()
+        assert not self.worker.engine.sequences
+        assert self.worker.pool.num_used == 0
+        self.outcomes.drain()
+        for request_id, request in self.requests.items():
+            self.check_outcome(request_id, answer(request))
+
+    def give_pictures(self, request_id: str) -> None:
+        sequence = self.worker.engine.sequences.get(request_id)
+        for index in range(len(self.requests[request_id].media)):
+            if sequence is not None and sequence.needs_media(index):
+                for piece in picture_pieces(self.requests[request_id], index, 0, 2):
+                    self.worker.inbox.accept(*piece)
+
+    def check_outcome(self, request_id: str, expected: list[int]) -> None:
+        tokens, error = self.outcomes.tokens.get(request_id, []), self.outcomes.errors.get(request_id)
+        if request_id in self.to_hand_over:
+            expected = expected[:1]
+        assert tokens == expected[: len(tokens)]
+        if request_id in self.aborted:
+            return
+        if isinstance(error, ContextTooLong):
+            num_tokens = self.requests[request_id].num_prompt_tokens + len(tokens)
+            assert self.worker.pool.num_blocks_for(num_tokens) > self.worker.pool.num_blocks - 1
+        elif error is None:
+            assert tokens == expected
+        else:
+            assert isinstance(error, Evicted)
+            assert self.requests[request_id].media
+
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(
+    max_examples=120, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow], deadline=None
+)
