@@ -20,6 +20,8 @@ APP_NAME = "ernie"
 
 _MAX_CONCURRENT = 100_000
 """Serve's own per-replica bound; ours are the API's limits and the router's books."""
+_GRACE_S = 10.0
+"""What running answers get to come to their end when a replica is stopped."""
 
 
 def deployment_name(model: str, role: str) -> str:
@@ -34,7 +36,7 @@ def build_app(config: ClusterConfig, app_name: str = APP_NAME) -> serve.Applicat
         num_replicas=config.api.num_replicas,
         max_ongoing_requests=_MAX_CONCURRENT,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=_GRACE_S,
         health_check_period_s=2,
     )(serve.ingress(asgi_builder(app_name, config))(_Api))
     return ingress.bind(pools)
@@ -60,6 +62,6 @@ def _pool(config: ClusterConfig, model: ModelDeployment, pool: PoolConfig, app_n
         placement_group_strategy="STRICT_PACK",
         health_check_period_s=1,
         health_check_timeout_s=5,
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=_GRACE_S,
     )(PoolReplica)
     return deployment.bind(app_name, config, model.name, pool.role)

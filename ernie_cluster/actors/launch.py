@@ -138,7 +138,7 @@ def stop(report: Report, app_name: str = APP_NAME) -> None:
     except Exception as e:  # it never came so far, or a part of it is gone already
         log.info("stopping: %s", e)
     finally:
-        ray.shutdown()  # ends a cluster that this process has started, Serve with it
+        ray.shutdown(wait_for_processes=True)  # ends a cluster that this process has started, Serve with it
 
 
 def _failed_deployment(app_name: str) -> str:

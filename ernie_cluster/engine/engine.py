@@ -19,7 +19,7 @@ from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.sampler import SamplerRow
 from ernie_cluster.engine.scheduler import Schedule, Scheduler
 from ernie_cluster.engine.sequence import Sequence, Status
-from ernie_cluster.errors import DeadlineExceeded, Evicted
+from ernie_cluster.errors import ContextTooLong, DeadlineExceeded, Evicted, TransferFailed
 from ernie_cluster.model.decoder import no_hook
 from ernie_cluster.request import RequestFailed, Span, TokenEvent
 
@@ -82,6 +82,9 @@ class Engine:
         self.lock = threading.Condition()
         self.counters = Counters()
         self.sequences: dict[str, Sequence] = {}
+        """By request id; the newest attempt of each."""
+        self._fenced: set[Sequence] = set()
+        """Older attempts, whose blocks a step or a transfer may still be using."""
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in; its outcomes go to `emit`."""
@@ -91,6 +94,22 @@ class Engine:
             sequence.deadline_s = sequence.arrived_s + sequence.request.timeout_s
             self.sequences[sequence.request_id] = sequence
             self.scheduler.add(sequence)
+            self.lock.notify_all()
+
+    def fence(self, request_id: str, epoch: int) -> None:
+        """Make way for an attempt: an older one ends without an outcome.
+
+        Raises:
+            TransferFailed: the attempt that is here is not older.
+        """
+        with self.lock:
+            old = self.sequences.get(request_id)
+            if old is None:
+                return
+            if old.epoch >= epoch:
+                raise TransferFailed(f"request {request_id}: attempt {epoch} came after attempt {old.epoch}")
+            old.is_aborted = True
+            self._fenced.add(self.sequences.pop(request_id))
             self.lock.notify_all()
 
     def abort(self, request_id: str) -> bool:
@@ -106,7 +125,7 @@ class Engine:
     def release(self, sequence: Sequence) -> None:
         """A hand-over ended, well or badly: forget the sequence and free its blocks."""
         with self.lock:
-            if self.sequences.get(sequence.request_id) is sequence:
+            if sequence.status is not Status.FINISHED:
                 self._end(sequence)
 
     def step(self) -> bool:
@@ -134,17 +153,24 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step could do anything now; call with the lock held."""
-        return any(s.is_aborted for s in self.sequences.values()) or any(
+        return any(s.is_aborted and s.status is not Status.HANDING_OVER for s in self._all()) or any(
             s.num_ready > 0 for s in (*self.scheduler.running, *self.scheduler.waiting)
         )
+
+    def is_empty(self) -> bool:
+        """Whether no sequence is here, not even one that is about to go."""
+        return not self._all()
 
     def check(self) -> bool:
         """Invariants of pool and books."""
         with self.lock:
             queued = [*self.scheduler.running, *self.scheduler.waiting]
             assert len({id(s) for s in queued}) == len(queued), "a sequence is queued twice"
-            assert all(self.sequences.get(s.request_id) is s for s in queued), "a queued sequence is unknown"
+            assert set(queued) <= set(self._all()), "a queued sequence is unknown"
             return self.pool.check()
+
+    def _all(self) -> list[Sequence]:
+        return [*self.sequences.values(), *self._fenced]
 
     # ---- inside a step
 
@@ -222,7 +248,7 @@ class Engine:
         """End what was aborted and what is too late."""
         now = self.clock()
         outcomes: list[Outcome] = []
-        for sequence in [s for s in self.sequences.values() if s.is_aborted or s.deadline_s <= now]:
+        for sequence in [s for s in self._all() if s.is_aborted or s.deadline_s <= now]:
             if sequence.status is Status.HANDING_OVER:
                 continue  # its blocks are being read; `release` follows, and the hand-over has its own deadline
             if not sequence.is_aborted:
@@ -234,14 +260,26 @@ class Engine:
         return outcomes
 
     def _evict(self, schedule: Schedule) -> list[Outcome]:
-        """Preempted sequences that cannot be computed again here are given to somebody else."""
+        """End preempted sequences that cannot be computed again here: others take them, or nobody can."""
         self.counters.preemptions += len(schedule.preempted)
         outcomes: list[Outcome] = []
         for sequence in schedule.preempted:
-            if sequence.request.media and not self.can_encode:
-                self._end(sequence)
+            num_tokens, capacity = len(sequence.tokens), self.pool.num_blocks - 1
+            needed = self.pool.num_blocks_for(num_tokens)
+            error: Exception
+            if needed > capacity:
+                error = ContextTooLong(
+                    f"request {sequence.request_id}: {num_tokens} tokens need {needed} KV blocks, this replica has "
+                    f"{capacity}; lower max_tokens",
+                    param="max_tokens",
+                )
+            elif not sequence.can_replay or (sequence.request.media and not self.can_encode):
                 error = Evicted(f"request {sequence.request_id}: out of KV blocks after {sequence.num_output} tokens")
+            else:
+                continue
+            if not sequence.is_aborted:
                 outcomes.append(RequestFailed(sequence.request_id, error))
+            self._end(sequence)
         return outcomes
 
     def _end(self, sequence: Sequence) -> None:
@@ -250,5 +288,8 @@ class Engine:
         self.pool.free(sequence.blocks)
         sequence.blocks = []
         sequence.embeds.clear()
-        del self.sequences[sequence.request_id]
+        sequence.arriving.clear()
+        if self.sequences.get(sequence.request_id) is sequence:
+            del self.sequences[sequence.request_id]
+        self._fenced.discard(sequence)
         self.hooks.ended(sequence)

@@ -72,18 +72,28 @@ class Inbox:
         self._hidden_size, self._wall_clock = hidden_size, wall_clock
         self._expected: dict[str, _Expected] = {}
         self._claims: dict[str, _Claim] = {}
-        self._embeds: dict[tuple[str, int], torch.Tensor] = {}
-        self._missing: dict[tuple[str, int], int] = {}
+        self._sated: dict[str, tuple[int, float]] = {}
+        """Prompts whose pictures are all cached, and may be done before they are offered: attempt, deadline."""
         self.bytes_received = 0
 
     # ---- from the replica's control side
 
     def expect(self, request: GenerationRequest, hashes: list[bytes], epoch: int, reserve_tokens: int) -> None:
-        """Lease blocks for a request whose KV will come; raises Overloaded. Answers a claim that came before."""
+        """Lease blocks for a request whose KV will come, and answer a claim that came before.
+
+        Raises:
+            ContextTooLong, Overloaded, TransferFailed: see `LeaseTable.grant`.
+        """
         with self._engine.lock:
-            num_tokens = request.num_prompt_tokens + len(request.output_token_ids)
+            self.fence(request.request_id, epoch)
             lease = self._leases.grant(
-                request.request_id, epoch, num_tokens, hashes, reserve_tokens, self._engine.clock()
+                request.request_id,
+                epoch,
+                request.num_prompt_tokens + len(request.output_token_ids),
+                hashes,
+                reserve_tokens,
+                self._engine.clock(),
+                self._engine.scheduler.num_blocks_owed,
             )
             self._expected[request.request_id] = _Expected(request, hashes, epoch)
             self._answer(request.request_id, epoch, {"cached_blocks": lease.num_shared})
@@ -91,34 +101,45 @@ class Inbox:
     def open_media(self, sequence: Sequence) -> None:
         """A prompt is admitted here: say which pictures it still needs."""
         with self._engine.lock:
+            request_id, epoch = sequence.request_id, sequence.epoch
             needed = [i for i in range(len(sequence.request.media)) if sequence.needs_media(i)]
-            self._answer(sequence.request_id, sequence.epoch, {"media": list(needed)})
+            sequence.awaited_media = frozenset(needed)
+            is_answered = self._answer(request_id, epoch, {"media": list(needed)})
+            if sequence.request.media and not needed and not is_answered:
+                self._sated[request_id] = epoch, self._engine.clock() + self._leases.timeout_s
 
-    def refuse(self, request_id: str, reason: str) -> None:
-        """The path is not reserved here after all: answer a claim that waits."""
-        with self._engine.lock:
-            claim = self._claims.pop(request_id, None)
-        if claim is not None:
-            claim.reply({"error": reason})
+    def fence(self, request_id: str, epoch: int) -> None:
+        """Make way for an attempt: older ones end here without an outcome.
 
-    def forget(self, request_id: str) -> bool:
-        """End what waits here for a request: its lease, claim and half-arrived pictures."""
+        Raises:
+            TransferFailed: the attempt that is here is not older.
+        """
         with self._engine.lock:
-            self._expected.pop(request_id, None)
-            for key in [k for k in self._missing if k[0] == request_id]:
-                del self._missing[key], self._embeds[key]
-            had = self._leases.end(request_id)
-        self.refuse(request_id, f"request {request_id} was ended")
-        return had
+            self._engine.fence(request_id, epoch)
+            expected = self._expected.get(request_id)
+            if expected is not None and expected.epoch < epoch:
+                del self._expected[request_id]
+
+    def forget(self, request_id: str, epoch: int | None = None) -> bool:
+        """End what waits here for a request, or for one attempt of it; whether it had a lease."""
+        with self._engine.lock:
+            expected, claim = self._expected.get(request_id), self._claims.get(request_id)
+            if expected is not None and epoch in (None, expected.epoch):
+                del self._expected[request_id]
+            if claim is not None and epoch in (None, claim.epoch):
+                self._refuse(request_id, f"request {request_id} was ended")
+            return self._leases.end(request_id, epoch)
 
     def sweep(self, now_s: float) -> list[str]:
-        """Forget what nobody kept alive; the request ids."""
+        """End leases that nobody kept alive, and the waiting of claims; the requests whose lease ended."""
         with self._engine.lock:
             late = self._leases.sweep(now_s)
-            late += [r for r, claim in self._claims.items() if claim.deadline_s <= now_s]
-        for request_id in late:
-            self.forget(request_id)
-        return late
+            for request_id in late:
+                self._expected.pop(request_id, None)
+            for request_id in [r for r, claim in self._claims.items() if claim.deadline_s <= now_s]:
+                self._refuse(request_id, f"request {request_id}: no place was reserved in time")
+            self._sated = {r: (epoch, end) for r, (epoch, end) in self._sated.items() if end > now_s}
+            return late
 
     # ---- Sink
 
@@ -141,7 +162,8 @@ class Inbox:
             self._claim(request_id, epoch, reply)
         elif message["type"] == "commit":
             output = [int(t) for t in message["output"]]  # type: ignore[union-attr, arg-type]
-            self._commit(request_id, epoch, int(message["num_pieces"]), output)  # type: ignore[arg-type]
+            num_pieces, num_cached = int(message["num_pieces"]), int(message["cached_tokens"])  # type: ignore[arg-type]
+            self._commit(request_id, epoch, num_pieces, output, num_cached)
             reply({})
         else:
             raise TransferFailed(f"unknown message {message['type']!r}")
@@ -179,39 +201,60 @@ class Inbox:
         sequence = self._engine.sequences.get(header.request_id)
         if sequence is None or sequence.epoch != header.epoch or not 0 <= index < len(sequence.request.media):
             raise TransferFailed(f"request {header.request_id}: no prompt waits for attempt {header.epoch}'s picture")
-        key, total = (header.request_id, index), sequence.request.media[index].num_tokens
+        total = sequence.request.media[index].num_tokens
         dtype = self._engine.runner.kv.data.dtype
         rows = torch.from_numpy(payload).view(dtype).view(-1, self._hidden_size)
         if len(rows) != num_rows or not 0 <= first_row < first_row + num_rows <= total:
             raise TransferFailed(f"request {header.request_id}: {num_rows} rows from {first_row} do not fit {total}")
-        if key not in self._embeds:
-            self._embeds[key] = torch.empty(total, self._hidden_size, dtype=dtype)
-            self._missing[key] = total
-        self._embeds[key][first_row : first_row + num_rows] = rows
-        self._missing[key] -= num_rows
-        if self._missing[key] == 0:
-            del self._missing[key]
-            sequence.embeds[index] = self._embeds.pop(key)
+        if index not in sequence.arriving:
+            sequence.arriving[index] = (
+                torch.empty(total, self._hidden_size, dtype=dtype),
+                torch.zeros(total, dtype=torch.bool),
+            )
+        embeds, has_come = sequence.arriving[index]
+        if index in sequence.embeds or has_come[first_row : first_row + num_rows].any():
+            raise TransferFailed(f"request {header.request_id}: rows from {first_row} of picture {index} came twice")
+        embeds[first_row : first_row + num_rows] = rows
+        has_come[first_row : first_row + num_rows] = True
+        if has_come.all():
+            sequence.embeds[index] = embeds
+            del sequence.arriving[index]
             self._engine.lock.notify_all()
 
     def _claim(self, request_id: str, epoch: int, reply: Reply) -> None:
         engine = self._engine
         with engine.lock:
             expected, sequence = self._expected.get(request_id), engine.sequences.get(request_id)
+            known = (expected, sequence, self._claims.get(request_id))
+            newest = max((k.epoch for k in known if k is not None), default=epoch)
+            if newest > epoch:
+                raise TransferFailed(f"request {request_id}: attempt {epoch} is fenced off by attempt {newest}")
+            self._refuse(request_id, f"request {request_id}: attempt {epoch} claims this place")
             self._claims[request_id] = _Claim(epoch, reply, engine.clock() + self._leases.timeout_s)
             if expected is not None and expected.epoch == epoch:
                 lease = self._leases.find(request_id, epoch)
                 self._answer(request_id, epoch, {"cached_blocks": lease.num_shared})
             elif sequence is not None and sequence.epoch == epoch:
                 self.open_media(sequence)
+            elif self._sated.get(request_id, (None, 0.0))[0] == epoch:
+                self._answer(request_id, epoch, {"media": []})
 
-    def _answer(self, request_id: str, epoch: int, message: Message) -> None:
+    def _answer(self, request_id: str, epoch: int, message: Message) -> bool:
+        """Tell who claimed this attempt's place that it is reserved; False if nobody did yet."""
         claim = self._claims.get(request_id)
-        if claim is not None and claim.epoch == epoch:
-            del self._claims[request_id]
-            claim.reply(message)
+        if claim is None or claim.epoch != epoch:
+            return False
+        del self._claims[request_id]
+        claim.reply(message)
+        return True
 
-    def _commit(self, request_id: str, epoch: int, num_pieces: int, output: list[int]) -> None:
+    def _refuse(self, request_id: str, reason: str) -> None:
+        """Tell who waits for a place, if anybody does, that there will be none."""
+        claim = self._claims.pop(request_id, None)
+        if claim is not None:
+            claim.reply({"error": reason})
+
+    def _commit(self, request_id: str, epoch: int, num_pieces: int, output: list[int], num_cached: int) -> None:
         with self._engine.lock:
             lease = self._leases.find(request_id, epoch)
             missing = num_pieces - len(lease.pieces)
@@ -222,7 +265,7 @@ class Inbox:
             sequence = Sequence(expected.request, expected.hashes, epoch=epoch, blocks=lease.blocks)
             sequence.tokens = [*expected.request.prompt_token_ids.tolist(), *output]
             sequence.num_computed = len(sequence.tokens) - 1
-            sequence.num_cached = sequence.num_published = 0
+            sequence.num_cached = num_cached
             now = self._wall_clock()
             start = lease.first_piece_s or now
             detail = (("bytes", lease.bytes_received), ("pieces", num_pieces))

@@ -16,6 +16,9 @@ from ernie_cluster.request import SamplingParams
 
 _MASK64 = (1 << 64) - 1
 
+_MIN_TEMPERATURE = 1e-5
+"""Below it only the likeliest tokens are left anyway, and float32 could not divide any more."""
+
 
 def _mix(x: int) -> int:
     """SplitMix64's finaliser: every input bit moves every output bit. Source: Steele, Lea, Flood 2014."""
@@ -86,14 +89,16 @@ def _draw(logits_RV: Tensor, rows: Seq[SamplerRow]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
-    probs = (logits_RV / column([r.params.temperature for r in rows])).softmax(-1)
+    probs = (logits_RV / column([max(r.params.temperature, _MIN_TEMPERATURE) for r in rows])).softmax(-1)
     if any(r.params.top_k > 0 or r.params.top_p < 1 for r in rows):
         vocab = probs.shape[-1]
         ordered, ids = probs.sort(stable=True, dim=-1, descending=True)
         rank = torch.arange(vocab, device=device)[None]
         top_k = torch.tensor([r.params.top_k or vocab for r in rows], device=device)[:, None]
         before = ordered.cumsum(-1) - ordered  # the token that crosses top_p stays
-        keep = (rank < top_k) & (before < column([r.params.top_p for r in rows]))
+        # rounding lets `before` reach 1: who keeps all must not depend on it, nor on who else is in the batch
+        top_p = column([r.params.top_p if r.params.top_p < 1 else float("inf") for r in rows])
+        keep = (rank < top_k) & (before < top_p)
         keep[:, 0] = True
         probs = probs * torch.zeros_like(keep).scatter_(-1, ids, keep)
     if any(r.params.min_p > 0 for r in rows):

@@ -84,11 +84,14 @@ class Scheduler:
         """Start waiting sequences in order of arrival; one that waits for a picture does not hold up the next."""
         if out.preempted:
             return
+        is_short = False
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 return
-            if not self._find_prefix(sequence):
-                return
+            # who has no blocks waits for them in turn; who has them goes on, else nobody would ever free any
+            if not sequence.blocks and (is_short or not self._find_prefix(sequence)):
+                is_short = True
+                continue
             count = min(sequence.num_ready, budget)
             if count <= 0:
                 continue
@@ -99,23 +102,27 @@ class Scheduler:
             self._take(sequence, count, out)
             budget -= count
 
+    @property
+    def num_blocks_owed(self) -> int:
+        """Blocks that preempted sequences wait for; whoever comes later must leave them."""
+        return sum(self.pool.num_blocks_for(len(s.tokens)) for s in self.waiting if not s.blocks)
+
     def _find_prefix(self, sequence: Sequence) -> bool:
-        """Give a sequence blocks for all its tokens, cached ones first; False when they are not free.
+        """Give a sequence without blocks enough for all its tokens, cached ones first; False when they are not free.
 
         Whole prompts are admitted, never parts of them: else two half-admitted prompts could wait for each other's
         blocks. The last token is always computed, for its logits.
         """
-        if not sequence.blocks:
-            usable = sequence.hashes[: (len(sequence.tokens) - 1) // self.pool.block_size]
-            shared = self.pool.share(usable)
-            try:
-                own = self.pool.allocate(self.pool.num_blocks_for(len(sequence.tokens)) - len(shared))
-            except OutOfBlocks:
-                self.pool.free(shared)
-                return False
-            sequence.blocks = shared + own
-            sequence.num_computed = sequence.num_cached = len(shared) * self.pool.block_size
-            sequence.num_published = len(shared)
+        usable = sequence.hashes[: (len(sequence.tokens) - 1) // self.pool.block_size]
+        shared = self.pool.share(usable)
+        try:
+            own = self.pool.allocate(self.pool.num_blocks_for(len(sequence.tokens)) - len(shared))
+        except OutOfBlocks:
+            self.pool.free(shared)
+            return False
+        sequence.blocks = shared + own
+        sequence.num_computed = len(shared) * self.pool.block_size
+        sequence.num_published = len(shared)
         return True
 
     def _make_room(self, sequence: Sequence, count: int, out: Schedule, taken: set[int]) -> bool:
@@ -142,7 +149,7 @@ class Scheduler:
         """Take the blocks back; the sequence waits at the front and is computed again from its tokens."""
         self.pool.free(sequence.blocks)
         sequence.blocks = []
-        sequence.num_computed = sequence.num_cached = sequence.num_published = 0
+        sequence.num_computed = sequence.num_published = 0
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self.running.remove(sequence)

@@ -36,7 +36,7 @@ class Sequence:
     num_computed: int = 0
     """Tokens whose K and V are in the blocks."""
     num_cached: int = 0
-    """Of these, the ones that came from the prefix cache."""
+    """Prompt tokens that came from the prefix cache when the request was taken in."""
     is_prefill_only: bool = False
     """The first token ends the work here; decode goes on elsewhere."""
     epoch: int = 0
@@ -50,6 +50,10 @@ class Sequence:
     spans: list[Span] = field(default_factory=list)
     embeds: dict[int, Tensor] = field(default_factory=dict)
     """Media index -> embeddings [tokens, hidden]."""
+    arriving: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Media index -> (embeddings so far, bool [tokens]: the rows that have come)."""
+    awaited_media: frozenset[int] = frozenset()
+    """Pictures whose embeddings were asked for; the prefix cache covered the others."""
     first_scheduled_s: float | None = None
     prefill_done_s: float | None = None
     num_preemptions: int = 0
@@ -91,6 +95,11 @@ class Sequence:
     def needs_media(self, index: int) -> bool:
         """Whether the embeddings of a picture are still wanted; not so when the prefix cache covers it."""
         return self.request.media[index].end > self.num_computed
+
+    @property
+    def can_replay(self) -> bool:
+        """Whether all pictures are here, or on their way, to compute the whole prompt again without a cache."""
+        return all(i in self.embeds or i in self.awaited_media for i in range(len(self.request.media)))
 
     def append(self, token: int) -> FinishReason | None:
         """Add an output token; the reason when it was the last one."""

@@ -32,6 +32,9 @@ from ernie_cluster.transport.base import Channel, Message
 
 log = logging.getLogger(__name__)
 
+_BLOCKED_WAIT_S = 0.01
+"""Pause of an engine that could run nothing, because somebody else holds the blocks that it needs."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
@@ -144,14 +147,17 @@ class Worker:
         Work starts once the decode side has confirmed its lease.
 
         Raises:
-            Overloaded: no blocks for the prompt.
+            ContextTooLong, Overloaded: no blocks for the prompt, ever or now.
+            TransferFailed: this attempt, or a newer one, is here already.
         """
         self._check_alive()
         hashes = self._hashes(request)
         num_tokens = request.num_prompt_tokens + len(request.output_token_ids)
         reserve = 0 if channel is not None else min(request.sampling.max_tokens, self.settings.reserve_output_tokens)
         with self.engine.lock:
-            lease = self.leases.grant(request.request_id, epoch, num_tokens, hashes, reserve, self.engine.clock())
+            self.inbox.fence(request.request_id, epoch)
+            owed = self.engine.scheduler.num_blocks_owed
+            lease = self.leases.grant(request.request_id, epoch, num_tokens, hashes, reserve, self.engine.clock(), owed)
             sequence = Sequence(request, hashes, blocks=lease.blocks, epoch=epoch)
             sequence.num_computed = sequence.num_cached = lease.num_shared * self.settings.block_size
             sequence.num_published = lease.num_shared
@@ -175,17 +181,20 @@ class Worker:
         answer.add_done_callback(lambda _: answered())
 
     def open_decode(self, request: GenerationRequest, epoch: int) -> None:
-        """Lease blocks for a request whose prompt is computed elsewhere; raises Overloaded."""
+        """Lease blocks for a request whose prompt is computed elsewhere; raises as `Inbox.expect` does."""
         self._check_alive()
         reserve = min(request.sampling.max_tokens, self.settings.reserve_output_tokens)
-        self.inbox.expect(request, self._hashes(request), epoch, reserve)
+        hashes = self._hashes(request)
+        with self.engine.lock:
+            self.inbox.expect(request, hashes, epoch, reserve)
+            self._opening.pop(request.request_id, None)  # an older attempt, whose lease has just ended
 
     def abort(self, request_id: str) -> bool:
         """End a request here, wherever it stands; its blocks are free within a step. False if it is unknown."""
         with self.engine.lock:
             self._opening.pop(request_id, None)
-        had_lease = self.inbox.forget(request_id)
-        return self.engine.abort(request_id) or had_lease
+            had_lease = self.inbox.forget(request_id)
+            return self.engine.abort(request_id) or had_lease
 
     def renew(self, request_ids: Iterable[str]) -> None:
         """Whoever wants these answers is alive: their leases live on."""
@@ -203,7 +212,7 @@ class Worker:
                 num_waiting=len(engine.scheduler.waiting) + len(self._opening),
                 waiting_tokens=sum(s.num_uncomputed for s in sequences if not s.is_decoding),
                 num_leases=len(self.leases),
-                free_blocks=self.pool.num_free,
+                free_blocks=max(0, self.pool.num_free - engine.scheduler.num_blocks_owed),
                 total_blocks=self.pool.num_blocks - 1,
                 steps=counters.steps,
                 run_s=counters.run_s,
@@ -218,7 +227,7 @@ class Worker:
         """Invariants, and when nothing is in flight, that every block has come home."""
         with self.engine.lock:
             self.engine.check()
-            if not self.engine.sequences and not len(self.leases):
+            if self.engine.is_empty() and not len(self.leases):
                 assert self.pool.num_used == 0, f"{self.pool.num_used} blocks are used by nobody"
             return True
 
@@ -238,8 +247,9 @@ class Worker:
     def _begin(self, sequence: Sequence, channel: Channel | None, first_block: int) -> None:
         """The whole path is reserved: the sequence may be scheduled."""
         with self.engine.lock:
-            if self._opening.pop(sequence.request_id, None) is not sequence:
+            if self._opening.get(sequence.request_id) is not sequence:
                 return  # aborted, or fenced off by a newer attempt; its lease is gone
+            del self._opening[sequence.request_id]
             self.leases.take(sequence.request_id, sequence.epoch)
             if channel is not None:
                 self.sender.begin(sequence, channel, first_block)
@@ -252,7 +262,7 @@ class Worker:
             if self._opening.get(sequence.request_id) is not sequence:
                 return False
             del self._opening[sequence.request_id]
-            self.inbox.forget(sequence.request_id)
+            self.inbox.forget(sequence.request_id, sequence.epoch)
             return True
 
     def _handed_over(self, sequence: Sequence, error: Exception | None) -> None:
@@ -265,24 +275,29 @@ class Worker:
         engine, idle_s = self.engine, min(1.0, self.settings.lease_timeout_s / 4)
         try:
             next_sweep = engine.clock() + idle_s
+            did_run = True
             while True:
                 with engine.lock:
                     if self._is_stopping:
                         return
                     if not engine.has_work():
                         engine.lock.wait(idle_s)
+                    elif not did_run:
+                        engine.lock.wait(_BLOCKED_WAIT_S)
                 if engine.clock() >= next_sweep:
                     self._sweep()
                     next_sweep = engine.clock() + idle_s
-                engine.step()
+                did_run = engine.step()
         except Exception as e:
             log.exception("the engine stopped")
             self._fail(EngineFailed(f"the engine stopped: {type(e).__name__}: {e}"))
 
     def _sweep(self) -> None:
-        for request_id in self.inbox.sweep(self.engine.clock()):
-            with self.engine.lock:
+        with self.engine.lock:
+            late = self.inbox.sweep(self.engine.clock())
+            for request_id in late:
                 self._opening.pop(request_id, None)
+        for request_id in late:
             self._emit([RequestFailed(request_id, TransferFailed(f"request {request_id}: its lease ran out"))])
 
     def _fail(self, failure: EngineFailed) -> None:

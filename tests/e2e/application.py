@@ -1,0 +1,192 @@
+"""One running application, as the e2e tests see it: over HTTP from outside, and its replicas' books from inside."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import httpx
+import ray
+from PIL import Image, ImageDraw
+
+from ernie_cluster.actors.launch import APP_NAME
+from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo
+from ernie_cluster.actors.router import router_name
+from ernie_cluster.config.cluster import ClusterConfig
+
+CHAT = "/v1/chat/completions"
+
+
+@cache
+def picture_url(seed: int = 0) -> str:
+    """A small picture as a data URL; another one for each seed."""
+    image = Image.new("RGB", (112, 84), (40 * seed % 256, 90, 200))
+    ImageDraw.Draw(image).ellipse((10 + seed, 10, 60 + seed, 60), fill=(220, 60 + 7 * seed % 180, 30))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def chat_body(
+    model: str, text: str, *, picture: int | None = None, max_tokens: int = 16, **more: Any
+) -> dict[str, Any]:
+    """A greedy request that runs to `max_tokens`."""
+    content: Any = text
+    if picture is not None:
+        content = [{"type": "image_url", "image_url": {"url": picture_url(picture)}}, {"type": "text", "text": text}]
+    fixed = {"temperature": 0, "ignore_eos": True}
+    return {
+        "model": model, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, **fixed, **more,
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def eventually(claim: Callable[[], str], timeout_s: float) -> None:
+    """Until `claim` has nothing to object, which it says as text; fails with its last words at the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while objection := claim():
+        assert time.monotonic() < deadline, f"after {timeout_s} s still: {objection}"
+        time.sleep(0.05)
+
+
+@dataclass
+class Streamed:
+    """What a streamed answer came to."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    error: dict[str, Any] | None = None
+    is_done: bool = False
+    """Ended with [DONE]."""
+    num_chunks: int = 0
+
+    def feed(self, line: str) -> None:
+        """One line of server-sent events."""
+        if not line.startswith("data: "):
+            return
+        assert not self.is_done, "something came after [DONE]"
+        if line == "data: [DONE]":
+            self.is_done = True
+            return
+        event = json.loads(line[6:])
+        self.num_chunks += 1
+        self.error = event.get("error", self.error)
+        for choice in event.get("choices", ()):
+            self.text += choice["delta"].get("content") or ""
+            self.finish_reason = choice["finish_reason"] or self.finish_reason
+
+
+@dataclass
+class Application:
+    """A running application.
+
+    Args:
+        config: what it was started with.
+    """
+
+    config: ClusterConfig
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.config.api.port}"
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10)
+
+    def post(self, body: Any, path: str = CHAT, timeout_s: float = 60) -> httpx.Response:
+        """`body` as JSON, or as it is when it is bytes."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return httpx.post(
+            self.url + path, content=content, headers={"content-type": "application/json"}, timeout=timeout_s
+        )
+
+    def ask(self, model: str, text: str, **options: Any) -> dict[str, Any]:
+        """A whole answer in one piece."""
+        response = self.post(chat_body(model, text, **options))
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def text(self, model: str, text: str, **options: Any) -> str:
+        answer: str = self.ask(model, text, **options)["choices"][0]["message"]["content"]
+        return answer
+
+    async def stream(self, client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncGenerator[Streamed, None]:
+        """The same `Streamed`, fuller after each line; closing it closes the connection."""
+        async with client.stream("POST", self.url + CHAT, json=body | {"stream": True}, timeout=120) as response:
+            assert response.status_code == 200, await response.aread()
+            answer = Streamed()
+            async for line in response.aiter_lines():
+                answer.feed(line)
+                yield answer
+
+    async def read(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Streamed:
+        """A streamed answer, to its end."""
+        answer = Streamed()
+        async for answer in self.stream(client, body):  # noqa: B007
+            pass
+        return answer
+
+    # ---- inside
+
+    def router(self) -> Any:
+        return ray.get_actor(router_name(APP_NAME), NAMESPACE)
+
+    def replicas(self, model: str | None = None, role: str | None = None) -> list[ReplicaInfo]:
+        """The replicas that the router knows."""
+        infos = [info for info, _ in ray.get(self.router().replicas.remote(), timeout=10)]
+        return [i for i in infos if model in (None, i.model) and role in (None, i.role)]
+
+    @staticmethod
+    def rank(info: ReplicaInfo) -> Any:
+        return ray.get_actor(info.actor_name, NAMESPACE)
+
+    def load(self, info: ReplicaInfo) -> Load:
+        load: Load = ray.get(self.rank(info).snapshot.remote(), timeout=10)
+        return load
+
+    def objection_to_rest(self) -> str:
+        """Why the application is not at rest: a request, lease, block or promise that is still held; "" if it is."""
+        for info in self.replicas():
+            assert ray.get(self.rank(info).check.remote(), timeout=10)
+            load = self.load(info)
+            used = load.total_blocks - load.free_blocks
+            if load.num_running or load.num_waiting or load.waiting_tokens or load.num_leases or used:
+                return f"{info.replica_id}: {load}"
+        promises = ray.get(self.router().check.remote(), timeout=10)
+        return f"{promises} promises are open" if promises else ""
+
+    def objection_to_ready(self) -> str:
+        """Why the application is not whole: /ready, and as many replicas as were configured; "" if it is."""
+        if (response := self.get("/ready")).status_code != 200:
+            return response.text
+        for model in self.config.models:
+            for pool in model.pools:
+                found = len(self.replicas(model.name, pool.role))
+                if found != pool.num_replicas:
+                    return f"{found} of {pool.num_replicas} {pool.role} replicas of {model.name}"
+        return ""
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """`asyncio.run` with a limit, so that nothing that hangs hangs the tests."""
+
+    async def limited() -> Any:
+        async with asyncio.timeout(150):
+            return await work
+
+    return asyncio.run(limited())

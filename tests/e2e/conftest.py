@@ -1,0 +1,69 @@
+"""One application for the whole folder: three models, each in its own arrangement of pools, on one local Ray.
+
+tiny     vision, prefill, two decode replicas   the disaggregated way
+mixed    vision, mixed                          the same checkpoint without a hand-over
+small    mixed, 24 KV blocks of 16 tokens       to be over capacity soon
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+
+from ernie_cluster.config.cluster import MIB, ApiConfig, ClusterConfig, ModelDeployment, PoolConfig, RouterConfig
+from ernie_cluster.config.presets import PRESETS
+from tests.tiny import tiny_folder
+
+START_TIMEOUT_S = 180.0
+SMALL_BLOCKS = 24
+
+
+def build_config(folder: str, port: int) -> ClusterConfig:
+    """See the module."""
+    (tiny,), (mixed,) = PRESETS["tiny"](folder).models, PRESETS["tiny-mixed"](folder).models
+    pools = tuple(dataclasses.replace(p, num_replicas=2 if p.role == "decode" else 1) for p in tiny.pools)
+    block_bytes = 2 * 16 * 1024  # 16 tokens; 2 KiB of float32 keys and values per token, see the checkpoint
+    engine = dataclasses.replace(
+        tiny.engine, kv_cache_bytes=(SMALL_BLOCKS + 1) * block_bytes, max_model_len=2048, enable_prefix_cache=False
+    )
+    return ClusterConfig(
+        models=(
+            dataclasses.replace(tiny, pools=pools),
+            dataclasses.replace(mixed, name="mixed"),
+            ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
+        ),
+        api=ApiConfig(port=port, max_body_bytes=4 * MIB, max_image_bytes=MIB, max_image_pixels=1_000_000),
+        router=RouterConfig(lease_timeout_s=10.0),
+    )
+
+
+@pytest.fixture(scope="package")
+def app() -> Iterator[object]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # no token file in the home of whoever runs the tests
+        from ernie_cluster.actors import launch
+        from tests.e2e.application import Application, eventually, free_port
+
+        application = Application(build_config(tiny_folder(), free_port()))
+        launch.check(application.config)
+        launch.start_ray(application.config, None, print)
+        try:
+            launch.start(application.config, print, timeout_s=START_TIMEOUT_S)
+            eventually(application.objection_to_ready, 60)  # the second decode replica, too
+            yield application
+        finally:
+            launch.stop(print)
+
+
+@pytest.fixture
+def whole_app(app: object) -> Iterator[object]:
+    """For tests that break something: whole before, and whole and at rest again afterwards."""
+    from tests.e2e.application import Application, eventually
+
+    assert isinstance(app, Application)
+    eventually(app.objection_to_ready, 90)
+    yield app
+    eventually(app.objection_to_ready, 90)
+    eventually(app.objection_to_rest, 30)
