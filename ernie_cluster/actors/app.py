@@ -30,7 +30,11 @@ def deployment_name(model: str, role: str) -> str:
 
 def build_app(config: ClusterConfig, app_name: str = APP_NAME) -> serve.Application:
     """The whole application, ready for `serve.run(..., name=app_name, route_prefix="/")`."""
-    pools = [_pool(config, model, pool, app_name) for model in config.models for pool in model.pools]
+    return build_api(config, app_name, [_pool(config, m, pool, app_name) for m in config.models for pool in m.pools])
+
+
+def build_api(config: ClusterConfig, app_name: str, pools: list[serve.Application]) -> serve.Application:
+    """The ingress over these pools; without any it waits for replicas that register by themselves."""
     ingress = serve.deployment(
         name="api",
         num_replicas=config.api.num_replicas,

@@ -29,6 +29,7 @@ _POLL_S = 0.2
 
 # RAY_AUTH_MODE is left alone: Ray's own default, a token, keeps strangers from a replica's inner ports
 _ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "10000",  # idle numeric threads sleep after some 20 us instead of eating their neighbours' cores
     "RAY_worker_niceness": "0",  # Ray runs actors at nice 15: on a busy laptop decode would starve
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a replica without GPUs keeps its environment
 }

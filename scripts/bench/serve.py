@@ -1,0 +1,251 @@
+"""What the way through Serve costs: time to first token, and tokens per second over many streams.
+
+    python scripts/bench/serve.py [ttft] [hand-over] [streams]      all three without arguments
+
+ttft       a text prompt at concurrency 1, through HTTP and three pools and through one mixed replica, beside the same
+           prompt on the engine alone in this process; the parts from the request's own timeline
+hand-over  a 512-token prompt through prefill and decode replicas and through a mixed one, both with the tiny model
+streams    32 SSE streams through the proxy with an engine that does nothing
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import httpx
+import ray
+import torch
+from http_stream import drive
+from ray import serve
+
+from ernie_cluster.actors import launch
+from ernie_cluster.actors.app import build_api
+from ernie_cluster.actors.events import EventHub
+from ernie_cluster.actors.messages import NAMESPACE, Batch, ReplicaInfo
+from ernie_cluster.actors.router import find_router
+from ernie_cluster.cli.progress import Progress
+from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.presets import PRESETS
+from ernie_cluster.engine.runner import Runner
+from ernie_cluster.engine.worker import Worker, WorkerSettings, WorkerSnapshot
+from ernie_cluster.inputs.chat import ChatProcessor
+from ernie_cluster.request import FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from ernie_cluster.transport.choose import Endpoint
+
+REPEATS = 60
+progress = Progress()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def running(config: ClusterConfig) -> Iterator[str]:
+    """The application of a configuration; its base URL."""
+    config = dataclasses.replace(config, api=dataclasses.replace(config.api, port=free_port()))
+    launch.start_ray(config, None, progress)
+    try:
+        launch.start(config, progress, timeout_s=120)
+        yield f"http://127.0.0.1:{config.api.port}/v1"
+    finally:
+        launch.stop(progress)
+
+
+def prompt_of(num_tokens: int, seed: int) -> list[int]:
+    """Token ids without special ones; different each time, so that no prefix cache helps."""
+    return [int(t) for t in torch.randint(300, 1900, (num_tokens,), generator=torch.Generator().manual_seed(seed))]
+
+
+def ask(
+    client: httpx.Client, url: str, prompt: list[int], max_tokens: int
+) -> tuple[float, float, list[dict[str, Any]]]:
+    """(seconds to the first SSE event, to the end, timeline) of one streamed completion."""
+    body = {
+        "model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True,
+        "ignore_eos": True, "include_timeline": True,
+    }  # fmt: skip
+    import json
+
+    start, first, timeline = time.perf_counter(), 0.0, []
+    with client.stream("POST", f"{url}/completions", json=body) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - start
+                timeline = json.loads(line[6:]).get("timeline") or timeline
+    return first, time.perf_counter() - start, timeline
+
+
+def engine_alone(folder: str, num_tokens: int) -> float:
+    """Median seconds from a request to its first token on an engine in this process."""
+    torch.set_num_threads(1)
+    config, processor = ModelConfig.from_folder(folder), ChatProcessor.from_folder(folder, served_name="tiny")
+    got = threading.Event()
+    settings = WorkerSettings(16, 512, 16, False, 256, 60.0, 1 << 22, True)
+    runner = Runner.load(
+        folder, config, "mixed", dtype="float32", device=torch.device("cpu"), num_blocks=512, block_size=16
+    )
+    worker = Worker(runner, config, settings, lambda outcomes: got.set())
+    worker.warm_up()
+    worker.start()
+    times = []
+    for i in range(REPEATS):
+        request = processor.completion(
+            prompt_of(num_tokens, i), request_id=f"alone-{i}", sampling=SamplingParams(max_tokens=1, temperature=0)
+        )
+        got.clear()
+        start = time.perf_counter()
+        worker.open_prefill(request, 0, None)
+        got.wait(10)
+        times.append(time.perf_counter() - start)
+    worker.stop()
+    return statistics.median(times)
+
+
+def measure_ttft(folder: str, num_tokens: int = 32) -> None:
+    alone = engine_alone(folder, num_tokens)
+    print(f"\nTTFT of a {num_tokens}-token text prompt at concurrency 1, median of {REPEATS}")
+    print(f"  engine alone                        {alone * 1e3:7.2f} ms")
+    for name in ("tiny", "tiny-mixed"):
+        config = PRESETS[name](folder)
+        with running(config) as url, httpx.Client(timeout=30) as client:
+            for i in range(20):
+                ask(client, url, prompt_of(num_tokens, 1000 + i), 1)
+            runs = [ask(client, url, prompt_of(num_tokens, i), 8) for i in range(REPEATS)]
+            bare = statistics.median(_timed(lambda: client.get(url.replace("/v1", "/health"))) for _ in range(REPEATS))
+        ttft = statistics.median(r[0] for r in runs)
+        print(
+            f"  {name:<12} over HTTP               {ttft * 1e3:7.2f} ms, {(ttft - alone) * 1e3:.2f} ms more than alone"
+        )
+        print(f"    of it a GET /health through Serve {bare * 1e3:7.2f} ms")
+        for stage in ("preprocess", "route", "queue", "prefill", "transfer"):
+            took = [s["duration_s"] for r in runs for s in r[2] if s["name"] == stage]
+            if took:
+                print(f"    {stage:<34}{statistics.median(took) * 1e3:7.2f} ms")
+
+
+def _timed(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure_hand_over(folder: str, num_tokens: int = 512) -> None:
+    """Time to the second token: the first does not wait for the hand-over."""
+    print(f"\nA {num_tokens}-token prompt and two tokens, tiny model, median of {REPEATS}")
+    results = {}
+    for name in ("tiny-mixed", "tiny"):
+        with running(PRESETS[name](folder)) as url, httpx.Client(timeout=30) as client:
+            for i in range(20):
+                ask(client, url, prompt_of(num_tokens, 2000 + i), 2)
+            runs = [ask(client, url, prompt_of(num_tokens, i), 2) for i in range(REPEATS)]
+        results[name] = statistics.median(r[1] for r in runs)
+        took = [s["duration_s"] for r in runs for s in r[2] if s["name"] == "transfer"]
+        extra = f", transfer span {statistics.median(took) * 1e3:.2f} ms" if took else ""
+        print(f"  {name:<12} whole answer {results[name] * 1e3:7.2f} ms{extra}")
+    print(f"  the hand-over adds {(results['tiny'] - results['tiny-mixed']) * 1e3:.2f} ms")
+
+
+@ray.remote(num_cpus=0)
+class NoopRank:
+    """A mixed replica whose engine does nothing: a token per request and step, every two milliseconds."""
+
+    def __init__(self) -> None:
+        self._hub: EventHub | None = None
+        self._open: dict[str, list[int]] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self._step, daemon=True).start()
+
+    def _events(self) -> EventHub:
+        self._hub = self._hub or EventHub(time.monotonic)
+        return self._hub
+
+    def _step(self) -> None:
+        while True:
+            time.sleep(0.002)
+            events: list[Any] = []
+            with self._lock:
+                for request_id, state in list(self._open.items()):
+                    index, last = state
+                    reason = FinishReason.LENGTH if index + 1 == last else None
+                    events.append(TokenEvent(request_id, index, (400 + index % 50,), reason))
+                    state[0] += 1
+                    if reason:
+                        del self._open[request_id]
+            if events and self._hub is not None:
+                self._hub.publish(events)
+
+    async def open_prefill(self, client_id: str, request: GenerationRequest, epoch: int, destination: None) -> None:
+        self._events().open(client_id, request.request_id)
+        with self._lock:
+            self._open[request.request_id] = [0, request.sampling.max_tokens]
+
+    async def poll(self, client_id: str, acknowledged: int) -> Batch:
+        return await self._events().poll(client_id, acknowledged)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        with self._lock:
+            for request_id in request_ids:
+                self._open.pop(request_id, None)
+
+    async def snapshot(self) -> WorkerSnapshot:
+        return WorkerSnapshot(0, 0, 0, 0, 10_000, 10_000, 0, 0.0, 0, 0, 0, 0, 0)
+
+
+def measure_streams(folder: str, num_streams: int = 32, max_tokens: int = 600) -> None:
+    config = PRESETS["tiny-mixed"](folder)
+    config = dataclasses.replace(config, api=dataclasses.replace(config.api, port=free_port()))
+    app = "bench"
+    launch.start_ray(config, None, progress)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": config.api.port})
+        serve.run(build_api(config, app, []), name=app, route_prefix="/")
+        name = f"{app}:noop"
+        rank = NoopRank.options(name=name, namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
+        ray.get(rank.snapshot.remote())
+        info = ReplicaInfo("noop", uuid.uuid4().hex, "tiny", "mixed", "here", name, Endpoint("here", None, name))
+        router = find_router(app, config)
+        ray.get(router.register.remote(info))
+        url = f"http://127.0.0.1:{config.api.port}"
+        asyncio.run(drive(url, num_streams, 50, model="tiny"))
+        results = [asyncio.run(drive(url, num_streams, max_tokens, model="tiny")) for _ in range(5)]
+        print("\nSSE through Serve's proxy, engine that does nothing (client in the same two cores)")
+        for result in results:
+            print(f"  {result}")
+        print(f"  median {statistics.median(r.tokens_per_s for r in results):,.0f} tokens/s")
+    finally:
+        launch.stop(progress, app)
+
+
+def main() -> None:
+    what = sys.argv[1:] or ["ttft", "hand-over", "streams"]
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = str(write_tiny_checkpoint(Path(tmp) / "tiny"))
+        for name, measure in (("ttft", measure_ttft), ("hand-over", measure_hand_over), ("streams", measure_streams)):
+            if name in what:
+                measure(folder)
+
+
+if __name__ == "__main__":
+    main()
