@@ -17,6 +17,7 @@ from torch import nn
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model.decoder import Decoder
+from ernie_cluster.model.grouped_ops import GroupedOps
 from ernie_cluster.model.ops import TorchOps
 from ernie_cluster.model.vision import VisionEncoder
 
@@ -31,13 +32,15 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def choose_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> TorchOps:
-    """Compiled kernels for bfloat16 on CPU, plain torch elsewhere.
+    """Grouped products on GPUs, compiled kernels for bfloat16 on CPU, else plain torch.
 
     `ERNIE_CPU_KERNELS=torch` turns the compiled ones off, `=numba` forces them for small models too.
     """
     wish = os.environ.get("ERNIE_CPU_KERNELS", "auto")
     if wish not in ("auto", "torch", "numba"):
         raise ConfigError(f"ERNIE_CPU_KERNELS={wish!r}: use auto, torch or numba")
+    if device.type == "cuda":
+        return GroupedOps()
     is_fit = device.type == "cpu" and dtype == torch.bfloat16
     is_large = config.text.hidden_size >= _SMALLEST_COMPILED_WIDTH
     if not is_fit or wish == "torch" or (wish == "auto" and not is_large):
