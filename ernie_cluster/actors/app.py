@@ -20,7 +20,7 @@ APP_NAME = "ernie"
 
 _MAX_CONCURRENT = 100_000
 """Serve's own per-replica bound; ours are the API's limits and the router's books."""
-_GRACE_S = 10.0
+_GRACE_S = 14.0
 """What running answers get to come to their end when a replica is stopped."""
 
 

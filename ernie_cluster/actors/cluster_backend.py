@@ -13,18 +13,19 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
+from ernie_cluster.actors import background
 from ernie_cluster.actors.links import Link, failure_of, translate
 from ernie_cluster.actors.merge import AttemptFailed, Failure, News, merge
 from ernie_cluster.actors.messages import EncodeTask, ReplicaInfo, Route
 from ernie_cluster.actors.router import find_router
 from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.config.cluster import ClusterConfig
-from ernie_cluster.errors import EngineFailed, Overloaded, ReplicaError, ReplicaLost
+from ernie_cluster.errors import Overloaded, ReplicaError, ReplicaLost
 from ernie_cluster.policy.snapshot import Demand
 from ernie_cluster.request import GenerationRequest, Span, TokenEvent
 
@@ -85,7 +86,7 @@ class ClusterBackend:
         try:
             status: list[ModelStatus] = await asyncio.wait_for(self._router.status.remote(), 1.0)
         except Exception as e:
-            self._router = find_router(self._app, self._config)
+            self._find_router()
             detail = str(translate(e, "the router"))
             return [ModelStatus(m.name, False, detail) for m in self._config.models]
         return status
@@ -158,7 +159,11 @@ class ClusterBackend:
                 if not isinstance(error, ReplicaLost) or time.monotonic() + _ROUTER_PAUSE_S > deadline:
                     raise error from None
             await asyncio.sleep(_ROUTER_PAUSE_S)
-            self._router = find_router(self._app, self._config)
+            self._find_router()
+
+    def _find_router(self) -> None:
+        """A new handle; the router that it stands for is started if there is none."""
+        self._router = background.call(find_router, self._app, self._config)
 
     def _link(self, info: ReplicaInfo) -> Link:
         """The link to a replica, made when the two first meet."""
@@ -174,24 +179,25 @@ class ClusterBackend:
         self, route: Route, request: GenerationRequest, epoch: int, queue: asyncio.Queue[News]
     ) -> list[asyncio.Task[None]]:
         """Ask all replicas of the route at once, engines first. Engines get the request without its patches."""
+        me = self._client_id
         plain = dataclasses.replace(request, media=tuple(dataclasses.replace(m, patches=None) for m in request.media))
         destination = route.decode.endpoint if route.decode else None
         prefill = self._links[route.prefill.replica_id].actor
-        calls = [(route.prefill, prefill.open_prefill.remote(self._client_id, plain, epoch, destination))]
+        calls = [(route.prefill, partial(prefill.open_prefill.remote, me, plain, epoch, destination))]
         if route.decode is not None:
             decode = self._links[route.decode.replica_id].actor
-            calls.append((route.decode, decode.open_decode.remote(self._client_id, plain, epoch)))
+            calls.append((route.decode, partial(decode.open_decode.remote, me, plain, epoch)))
         if route.encoder is not None:
             encoder = self._links[route.encoder.replica_id].actor
             task = EncodeTask(request.request_id, epoch, request.media, route.prefill.endpoint)
-            calls.append((route.encoder, encoder.encode.remote(task)))
-        return [asyncio.ensure_future(self._watch(call, info, queue)) for info, call in calls]
+            calls.append((route.encoder, partial(encoder.encode.remote, task)))
+        return [background.start(self._watch(call, info, queue)) for info, call in calls]
 
     @staticmethod
-    async def _watch(call: Awaitable[News | None], info: ReplicaInfo, queue: asyncio.Queue[News]) -> None:
+    async def _watch(call: Callable[[], Awaitable[News | None]], info: ReplicaInfo, queue: asyncio.Queue[News]) -> None:
         """Put into the queue what a call brings: its report, or its failure."""
         try:
-            report = await call
+            report = await call()
         except Exception as e:
             queue.put_nowait(failure_of(e, info.replica_id))
         else:
@@ -200,15 +206,10 @@ class ClusterBackend:
 
     def _blame(self, failure: Failure, route: Route, lost: set[str]) -> None:
         """Note the replica that this request had better not meet again."""
-        culprit: str | None = None
-        if not failure.is_told or isinstance(failure.error, EngineFailed):
-            culprit = failure.replica_id
-        elif isinstance(failure.error, ReplicaLost):  # it could not reach the next one on the way
-            ids = [info.replica_id for info in route.replicas]
-            culprit = dict(pairwise(ids)).get(failure.replica_id)
+        culprit = failure.culprit([info.replica_id for info in route.replicas])
         if culprit is not None:
             lost.add(culprit)
-            self._in_background(self._router.lost.remote(culprit))
+            self._in_background(self._tell_lost(culprit))
 
     # ---- afterwards
 
@@ -217,6 +218,9 @@ class ClusterBackend:
         engines = [info.replica_id for info in (route.prefill, route.decode) if info is not None]
         await asyncio.wait(opens[: len(engines)])
         await self._router.opened.remote(key, engines)
+
+    async def _tell_lost(self, replica_id: str) -> None:
+        await self._router.lost.remote(replica_id)
 
     async def _end(self, key: str, links: Sequence[Link], opens: Sequence[asyncio.Task[None]]) -> None:
         """Give everything back, on all replicas side by side; one that is dead must not stand in the others' way."""
@@ -230,13 +234,13 @@ class ClusterBackend:
             await asyncio.wait(opens)
             await asyncio.gather(*(link.actor.abort.remote([key]) for link in links), return_exceptions=True)
 
-    def _in_background(self, work: Awaitable[Any]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         async def quietly() -> None:
             try:
                 await asyncio.wait_for(work, _CALL_TIMEOUT_S)
             except Exception as e:
                 log.info("a clean-up call failed: %s", e)
 
-        task = asyncio.ensure_future(quietly())
+        task = background.start(quietly())
         self._background.add(task)
         task.add_done_callback(self._background.discard)

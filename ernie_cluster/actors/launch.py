@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
+import re
 import time
 from collections.abc import Callable
+from http.client import HTTPConnection
 from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
 from ernie_cluster.actors.app import APP_NAME, build_app
 from ernie_cluster.actors.messages import NAMESPACE
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 Report = Callable[[str], None]
 
 _POLL_S = 0.2
+_ROUTE_TIMEOUT_S = 5.0
 
 # RAY_AUTH_MODE is left alone: Ray's own default, a token, keeps strangers from a replica's inner ports
 _ENVIRONMENT = {
@@ -63,7 +65,7 @@ def start_ray(config: ClusterConfig, address: str | None, report: Report) -> Non
         report(f"joining the Ray cluster at {address}")
         try:
             ray.init(address, **quiet)
-        except ConnectionError as e:
+        except (ConnectionError, ValueError) as e:
             raise ConfigError(f"no Ray cluster at {address}: {e}; start one with `ray start --head`") from None
         return
     pools = [(p.num_cpus, p.num_gpus, p.num_replicas) for m in config.models for p in m.pools]
@@ -96,16 +98,11 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     http = {"host": config.api.host, "port": config.api.port, "request_timeout_s": None}
     serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
-    failure: list[Exception] = []
-
-    def run() -> None:
-        try:
-            serve.run(build_app(config, app_name), name=app_name, route_prefix="/", logging_config=quiet)
-        except Exception as e:
-            failure.append(e)
-
-    deploying = threading.Thread(target=run, name="serve-run", daemon=True)
-    deploying.start()
+    serve.run_many(
+        [serve.RunTarget(build_app(config, app_name), app_name, "/", quiet)],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
     said: set[str] = set()
     waiting_for = ""
     while True:
@@ -114,24 +111,23 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
                 said.add(info.replica_id)
                 report(f"{info.role} replica of {info.model!r} is ready on node {info.node_id[:8]}")
         missing = [f"{s.name}: {s.detail}" for s in ray.get(router.status.remote()) if not s.is_ready]
-        if not missing and deploying.is_alive():
+        application = serve.status().applications.get(app_name)
+        if not missing and (application is None or application.status != "RUNNING"):
             missing = ["the API replica"]
-        if not missing or failure:
+        if not missing:
             break
-        if time.monotonic() > deadline:
-            raise ConfigError(f"not ready after {timeout_s:g} s; waiting for {', '.join(missing)}{_why(app_name)}")
-        reason = _failed_deployment(app_name)
-        if reason:
+        if application is not None and (reason := _failure(application)):
             raise ReplicaError(reason)
+        if time.monotonic() > deadline:
+            raise ConfigError(f"not ready after {timeout_s:g} s; waiting for {', '.join(missing)}")
         if waiting_for != (waiting_for := "; ".join(missing)):
-            report(waiting_for if waiting_for.startswith("waiting") else f"waiting for {waiting_for}")
+            report(f"waiting for {waiting_for}")
         time.sleep(_POLL_S)
-    if failure:
-        raise ReplicaError(f"the application did not start: {failure[0]}{_why(app_name)}")
+    _wait_for_route(config, time.monotonic() + _ROUTE_TIMEOUT_S)
 
 
 def stop(report: Report, app_name: str = APP_NAME) -> None:
-    """Delete the application; and the Ray cluster with all its processes, if `start_ray` started it. May follow a failed start."""
+    """Delete the application, and end the Ray cluster if `start_ray` started it. May follow a start that failed."""
     report("stopping")
     try:
         serve.delete(app_name)
@@ -142,17 +138,32 @@ def stop(report: Report, app_name: str = APP_NAME) -> None:
         ray.shutdown(wait_for_processes=True)  # ends a cluster that this process has started, Serve with it
 
 
-def _failed_deployment(app_name: str) -> str:
-    """The message of the first deployment that Serve gave up on, or ""."""
-    application = serve.status().applications.get(app_name)
-    if application is None:
-        return ""
+def _wait_for_route(config: ClusterConfig, deadline: float) -> None:
+    """The proxy hears of the API replica a moment later. It may be out of reach from here: then do without."""
+    host = "127.0.0.1" if config.api.host == "0.0.0.0" else config.api.host
+    while time.monotonic() < deadline:
+        connection = HTTPConnection(host, config.api.port, timeout=1)
+        try:
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(_POLL_S)
+
+
+def _failure(application: ApplicationStatusOverview) -> str:
+    """What the first deployment that Serve gave up on said last, or ""."""
     for name, deployment in application.deployments.items():
         if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            return f"{name}: {deployment.message}"
+            return f"{name}: {_last_words(deployment.message)}"
     return application.message if application.status == "DEPLOY_FAILED" else ""
 
 
-def _why(app_name: str) -> str:
-    reason = _failed_deployment(app_name)
-    return f"; {reason}" if reason else ""
+def _last_words(message: str) -> str:
+    """The cause without its trace, where it is an error of ours; else all of it."""
+    last = message.strip().rpartition("\n")[2]
+    words = re.sub(r"ernie_cluster\.errors\.\w+: ", "", last)
+    return message if words == last else words

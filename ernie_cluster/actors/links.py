@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from ernie_cluster.actors import background
 from ernie_cluster.actors.merge import Failure, News
 from ernie_cluster.actors.messages import NAMESPACE, Batch, ReplicaInfo
 from ernie_cluster.errors import EngineFailed, ErnieClusterError, ReplicaLost
@@ -72,7 +73,7 @@ class Link:
         """Outcomes of this attempt go to `queue` from now on; a vision replica has none beside its call's result."""
         self._queues[key] = queue
         if self._poller is None and self.info.role != "vision":
-            self._poller = asyncio.ensure_future(self._poll())
+            self._poller = background.start(self._poll())
 
     def unsubscribe(self, key: str) -> None:
         self._queues.pop(key, None)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ernie_cluster.actors.messages import EncodeReport
-from ernie_cluster.errors import DeadlineExceeded
+from ernie_cluster.errors import DeadlineExceeded, EngineFailed, ReplicaLost
 from ernie_cluster.request import Span, TokenEvent
 
 
@@ -21,6 +22,18 @@ class Failure:
     error: Exception
     is_told: bool
     """The replica itself said so; otherwise it does not answer any more."""
+
+    def culprit(self, route: Sequence[str]) -> str | None:
+        """The replica that had better not be met again, if one is to blame.
+
+        Args:
+            route: ids of the replicas in the order of the work; each knows the next one only.
+        """
+        if not self.is_told or isinstance(self.error, EngineFailed):
+            return self.replica_id
+        if isinstance(self.error, ReplicaLost):  # it could not reach the next one
+            return dict(pairwise(route)).get(self.replica_id)
+        return None
 
 
 class AttemptFailed(Exception):

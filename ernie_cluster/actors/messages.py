@@ -52,6 +52,11 @@ class Load:
     free_blocks: int = 0
     total_blocks: int = 0
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs, waits or is expected."""
+        return not (self.num_running or self.num_waiting or self.waiting_tokens or self.num_leases)
+
 
 @dataclass(frozen=True, slots=True)
 class Route:

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ernie_cluster.actors import background
 from ernie_cluster.actors.messages import NAMESPACE, ReplicaInfo
 from ernie_cluster.actors.router import find_router
 from ernie_cluster.config.cluster import ClusterConfig, Role
@@ -27,7 +28,10 @@ from ernie_cluster.observe.log import setup_logging
 log = logging.getLogger(__name__)
 
 _REGISTER_S = 1.0
-_STOP_TIMEOUT_S = 10.0
+_DRAIN_TIMEOUT_S = 6.0
+"""What running requests get to come to their end; Serve's own grace covers this, its pauses and the stop."""
+_DRAIN_PAUSE_S = 0.1
+_STOP_TIMEOUT_S = 3.0
 
 
 class PoolReplica:
@@ -79,7 +83,7 @@ class PoolReplica:
     async def check_health(self) -> None:
         """Called by Serve; raising replaces the replica."""
         if not self._tasks:
-            self._tasks = [asyncio.ensure_future(self._register()), asyncio.ensure_future(self._watch())]
+            self._tasks = [background.start(self._register()), background.start(self._watch())]
         if self._failure is not None:
             raise self._failure
 
@@ -108,15 +112,29 @@ class PoolReplica:
             await asyncio.sleep(_REGISTER_S)
 
     async def __del__(self) -> None:
-        """Called by Serve after draining: leave the router's books first, then let the rank give its things back."""
+        """Called by Serve: no new work, then what runs may end, then the rank gives its things back."""
         for task in self._tasks:
             task.cancel()
-        try:
-            await asyncio.wait_for(self._router.deregister.remote(self._info.replica_id), _STOP_TIMEOUT_S)
-            await asyncio.wait_for(self._rank.stop.remote(), _STOP_TIMEOUT_S)
-        except Exception as e:
-            log.info("stopping %s: %s", self._info.replica_id, e)
+        for step, timeout_s in (
+            (self._leave, _STOP_TIMEOUT_S),
+            (self._drain, _DRAIN_TIMEOUT_S),
+            (self._stop_rank, _STOP_TIMEOUT_S),
+        ):
+            try:
+                await asyncio.wait_for(step(), timeout_s)
+            except Exception as e:
+                log.info("stopping %s: %s", self._info.replica_id, e or type(e).__name__)
         ray.kill(self._rank)
+
+    async def _leave(self) -> None:
+        await self._router.deregister.remote(self._info.replica_id)
+
+    async def _drain(self) -> None:
+        while not (await self._rank.snapshot.remote()).is_idle:  # noqa: ASYNC110  another process says so
+            await asyncio.sleep(_DRAIN_PAUSE_S)
+
+    async def _stop_rank(self) -> None:
+        await self._rank.stop.remote()
 
 
 def _root_of(error: BaseException) -> str:

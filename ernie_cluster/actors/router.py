@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from ernie_cluster.actors import background
 from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route
 from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.config.cluster import ClusterConfig
@@ -38,7 +39,13 @@ def router_name(app: str) -> str:
 def find_router(app: str, config: ClusterConfig) -> Any:
     """Handle of the application's router, which is started when there is none."""
     return Router.options(  # type: ignore[attr-defined]
-        name=router_name(app), namespace=NAMESPACE, get_if_exists=True, lifetime="detached", max_restarts=-1, num_cpus=0
+        name=router_name(app),
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        num_cpus=0,
+        scheduling_strategy="DEFAULT",  # not in the placement group of the replica that misses it, to go with it
     ).remote(config)
 
 
@@ -63,7 +70,7 @@ class Router:
         log.info("%s %s is there (incarnation %s)", info.role, info.replica_id, info.incarnation)
         self._forget(info.replica_id)
         self._replicas[info.replica_id] = info
-        self._watchers[info.replica_id] = asyncio.ensure_future(self._watch(info))
+        self._watchers[info.replica_id] = background.start(self._watch(info))
 
     async def deregister(self, replica_id: str) -> None:
         """A replica is going away: no new work for it."""
@@ -140,7 +147,7 @@ class Router:
     def _touch(self) -> None:
         self._last_seen_s = time.monotonic()
         if self._idle_watch is None:
-            self._idle_watch = asyncio.ensure_future(self._exit_when_idle())
+            self._idle_watch = background.start(self._exit_when_idle())
 
     def _forget(self, replica_id: str) -> None:
         self._replicas.pop(replica_id, None)

@@ -10,15 +10,13 @@ import base64
 import dataclasses
 import io
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ernie_cluster import __version__
 from ernie_cluster.cli.progress import Progress
-from ernie_cluster.cli.serve import base_url, wait_for_signal
-from ernie_cluster.errors import ConfigError
+from ernie_cluster.cli.serve import base_url, check_port, wait_for_signal
 
 _QUESTION = "What is in this picture?"
 _BAR_WIDTH = 36
@@ -40,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     progress = Progress()
     folder = args.keep or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ernie_cluster"
-    _check_port(args.port)
+    check_port("127.0.0.1", args.port)
     checkpoint = folder / f"tiny-{__version__}"
     if not (checkpoint / "config.json").exists():
         progress(f"writing a toy checkpoint to {checkpoint}")
@@ -83,15 +81,6 @@ def draw_picture() -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
-
-
-def _check_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as e:
-            raise ConfigError(f"port {port} cannot be used: {e}; choose another with --port") from None
 
 
 def _ask(base: str, model: str, picture: Path, progress: Progress) -> None:

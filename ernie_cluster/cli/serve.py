@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import threading
 
 from ernie_cluster.cli.config import add_config_arguments, read_config
 from ernie_cluster.cli.progress import Progress
+from ernie_cluster.errors import ConfigError
 
 _EXAMPLES = """\
 examples:
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
         metavar="ADDRESS",
-        default=os.environ.get("RAY_ADDRESS"),
+        default=os.environ.get("RAY_ADDRESS") or None,
         help="Ray cluster to join, `auto` for the local one; default: $RAY_ADDRESS, else a new one on this machine",
     )
     parser.add_argument(
@@ -34,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     config = read_config(args)
+    if args.address is None:
+        check_port(config.api.host, config.api.port)
     progress = Progress()
     progress("loading")
     from ernie_cluster.actors import launch  # Ray takes a second to import
@@ -48,6 +52,16 @@ def main(args: argparse.Namespace) -> int:
     finally:
         launch.stop(progress)
     return 0
+
+
+def check_port(host: str, port: int) -> None:
+    """Before anything is started on this machine; raises ConfigError when nobody can listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as e:
+            raise ConfigError(f"port {port} of {host} cannot be used: {e}; choose another") from None
 
 
 def base_url(host: str, port: int) -> str:

@@ -11,8 +11,8 @@ Block 0 belongs to nobody: padding points there. Knows no tensor and no request.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 
 
 class OutOfBlocks(Exception):
@@ -108,8 +108,16 @@ class BlockPool:
                 if block not in self._hash_of:  # nothing to lose: hand it out first
                     self._free.move_to_end(block, last=False)
 
-    def check(self) -> bool:
-        """All invariants; raises AssertionError that names the broken one."""
+    def check(self, held: Iterable[int] | None = None) -> bool:
+        """All invariants; raises AssertionError that names the broken one.
+
+        Args:
+            held: every block as often as somebody known holds it; None where not all holders are known.
+        """
+        if held is not None:
+            known = Counter(held)
+            for block, count in enumerate(self._references):
+                assert known[block] == count, f"block {block} has {count} references, {known[block]} of them known"
         assert self._references[0] == 0, "block 0 is in use"
         assert 0 not in self._free, "block 0 is free"
         for block in range(1, self.num_blocks):

@@ -129,7 +129,7 @@ class Engine:
                 self._end(sequence)
 
     def step(self) -> bool:
-        """Schedule, run, apply once; False when there was nothing to run."""
+        """Schedule, run, apply once; False when nothing could be run, and nobody gave blocks back for it either."""
         with self.lock:
             outcomes = self._reap()
             schedule = self.scheduler.schedule()
@@ -149,7 +149,11 @@ class Engine:
                 outcomes += self._apply(schedule, tokens)
         if outcomes:
             self.emit(outcomes)
-        return schedule.num_tokens > 0
+        with self.lock:
+            for sequence, _ in schedule.chunks:
+                if sequence.status is Status.HANDING_OVER:
+                    self.hooks.prompt_done(sequence)  # may fail at once; its first token is out by now
+        return schedule.num_tokens > 0 or bool(schedule.preempted)
 
     def has_work(self) -> bool:
         """Whether a step could do anything now; call with the lock held."""
@@ -157,9 +161,9 @@ class Engine:
             s.num_ready > 0 for s in (*self.scheduler.running, *self.scheduler.waiting)
         )
 
-    def is_empty(self) -> bool:
-        """Whether no sequence is here, not even one that is about to go."""
-        return not self._all()
+    def blocks(self) -> list[int]:
+        """All blocks of sequences, shared ones as often as they are used."""
+        return [block for sequence in self._all() for block in sequence.blocks]
 
     def check(self) -> bool:
         """Invariants of pool and books."""
@@ -225,7 +229,6 @@ class Engine:
         elif sequence.is_prefill_only:
             self.scheduler.remove(sequence)
             sequence.status = Status.HANDING_OVER
-            self.hooks.prompt_done(sequence)
         return [event]
 
     def _spans(self, sequence: Sequence) -> tuple[Span, ...]:

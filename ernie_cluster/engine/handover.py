@@ -105,7 +105,6 @@ class KVSender(PrefillHooks):
             "epoch": sequence.epoch,
             "num_pieces": transfer.next_piece,
             "output": list(sequence.tokens[sequence.num_prompt :]),
-            "cached_tokens": sequence.num_cached,
         }
         answer = transfer.channel.call(commit, self._commit_timeout_s)
         answer.add_done_callback(lambda f: self._done(sequence, _error_of(f)))

@@ -13,6 +13,7 @@ Runs on transport threads; takes the engine's lock for each piece, which is shor
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,9 @@ from ernie_cluster.engine.sequence import Sequence
 from ernie_cluster.errors import TransferFailed
 from ernie_cluster.request import GenerationRequest, Span
 from ernie_cluster.transport.base import Message, PieceHeader, Reply
+
+# payloads are read-only views, and are only read
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 @dataclass(slots=True, eq=False)
@@ -162,8 +166,7 @@ class Inbox:
             self._claim(request_id, epoch, reply)
         elif message["type"] == "commit":
             output = [int(t) for t in message["output"]]  # type: ignore[union-attr, arg-type]
-            num_pieces, num_cached = int(message["num_pieces"]), int(message["cached_tokens"])  # type: ignore[arg-type]
-            self._commit(request_id, epoch, num_pieces, output, num_cached)
+            self._commit(request_id, epoch, int(message["num_pieces"]), output)  # type: ignore[arg-type]
             reply({})
         else:
             raise TransferFailed(f"unknown message {message['type']!r}")
@@ -254,18 +257,27 @@ class Inbox:
         if claim is not None:
             claim.reply({"error": reason})
 
-    def _commit(self, request_id: str, epoch: int, num_pieces: int, output: list[int], num_cached: int) -> None:
+    def _commit(self, request_id: str, epoch: int, num_pieces: int, output: list[int]) -> None:
         with self._engine.lock:
             lease = self._leases.find(request_id, epoch)
+            expected = self._expected.get(request_id)
+            if expected is None:
+                raise TransferFailed(f"request {request_id}: its prompt is computed here, no KV is expected")
             missing = num_pieces - len(lease.pieces)
             if missing:
                 raise TransferFailed(f"request {request_id}: {missing} of {num_pieces} pieces did not arrive")
+            num_computed = expected.request.num_prompt_tokens + len(output) - 1
+            num_blocks = -(-num_computed // self._layout.block_size) - lease.num_shared
+            if lease.bytes_received != num_blocks * self._layout.block_bytes:
+                raise TransferFailed(
+                    f"request {request_id}: {lease.bytes_received} bytes arrived, "
+                    f"{num_computed} tokens have {num_blocks * self._layout.block_bytes}"
+                )
             self._leases.take(request_id, epoch)
-            expected = self._expected.pop(request_id)
+            del self._expected[request_id]
             sequence = Sequence(expected.request, expected.hashes, epoch=epoch, blocks=lease.blocks)
             sequence.tokens = [*expected.request.prompt_token_ids.tolist(), *output]
-            sequence.num_computed = len(sequence.tokens) - 1
-            sequence.num_cached = num_cached
+            sequence.num_computed = num_computed
             now = self._wall_clock()
             start = lease.first_piece_s or now
             detail = (("bytes", lease.bytes_received), ("pieces", num_pieces))

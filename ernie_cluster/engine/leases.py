@@ -45,9 +45,13 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._leases)
 
+    def blocks(self) -> list[int]:
+        """All leased blocks, shared ones as often as they are leased."""
+        return [block for lease in self._leases.values() for block in lease.blocks]
+
     @property
     def num_blocks(self) -> int:
-        return sum(len(lease.blocks) for lease in self._leases.values())
+        return len(self.blocks())
 
     def grant(
         self,

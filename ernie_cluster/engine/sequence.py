@@ -81,8 +81,8 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Exactly one token, the newest, has no K and V yet."""
-        return self.num_uncomputed == 1 and self.num_computed >= self.num_prompt
+        """Exactly one token, the newest, has no K and V yet. A replay that is handed over is a prompt to its end."""
+        return self.num_uncomputed == 1 and self.num_computed >= self.num_prompt and not self.is_prefill_only
 
     @property
     def num_ready(self) -> int:

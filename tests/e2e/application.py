@@ -9,7 +9,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ import httpx
 import ray
 from PIL import Image, ImageDraw
 
-from ernie_cluster.actors.launch import APP_NAME
+from ernie_cluster.actors.app import APP_NAME
 from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo
 from ernie_cluster.actors.router import router_name
 from ernie_cluster.config.cluster import ClusterConfig
@@ -73,6 +73,12 @@ class Streamed:
     is_done: bool = False
     """Ended with [DONE]."""
     num_chunks: int = 0
+    timeline: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def num_attempts(self) -> int:
+        """How often a route was sought; only with `include_timeline`."""
+        return sum(span["name"] == "route" for span in self.timeline)
 
     def feed(self, line: str) -> None:
         """One line of server-sent events."""
@@ -85,6 +91,7 @@ class Streamed:
         event = json.loads(line[6:])
         self.num_chunks += 1
         self.error = event.get("error", self.error)
+        self.timeline = event.get("timeline", self.timeline)
         for choice in event.get("choices", ()):
             self.text += choice["delta"].get("content") or ""
             self.finish_reason = choice["finish_reason"] or self.finish_reason
@@ -164,8 +171,7 @@ class Application:
         for info in self.replicas():
             assert ray.get(self.rank(info).check.remote(), timeout=10)
             load = self.load(info)
-            used = load.total_blocks - load.free_blocks
-            if load.num_running or load.num_waiting or load.waiting_tokens or load.num_leases or used:
+            if not load.is_idle or load.free_blocks < load.total_blocks:
                 return f"{info.replica_id}: {load}"
         promises = ray.get(self.router().check.remote(), timeout=10)
         return f"{promises} promises are open" if promises else ""

@@ -35,7 +35,7 @@ def build_config(folder: str, port: int) -> ClusterConfig:
             ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
         ),
         api=ApiConfig(port=port, max_body_bytes=4 * MIB, max_image_bytes=MIB, max_image_pixels=1_000_000),
-        router=RouterConfig(lease_timeout_s=10.0),
+        router=RouterConfig(lease_timeout_s=10.0, max_attempts=3),
     )
 
 

@@ -18,7 +18,9 @@ def body_of(client: int) -> dict[str, Any]:
     """Text and pictures, for both models; eight different requests."""
     kind = client % 8
     picture = kind if kind % 3 == 0 else None
-    return chat_body("tiny" if kind < 5 else "mixed", f"Number {kind}?", picture=picture, max_tokens=24 + kind)
+    return chat_body(
+        "tiny" if kind < 5 else "mixed", f"Number {kind}?", picture=picture, max_tokens=24 + kind, include_timeline=True
+    )
 
 
 async def leave_in_mid_stream(app: Application, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
@@ -41,8 +43,9 @@ async def read_to_the_end(app: Application, client: httpx.AsyncClient, body: dic
 async def ask_in_one_piece(app: Application, client: httpx.AsyncClient, body: dict[str, Any]) -> Streamed:
     response = await client.post(app.url + CHAT, json=body, timeout=120)
     assert response.status_code == 200, response.text
-    choice = response.json()["choices"][0]
-    return Streamed(choice["message"]["content"], choice["finish_reason"], is_done=True)
+    whole = response.json()
+    choice = whole["choices"][0]
+    return Streamed(choice["message"]["content"], choice["finish_reason"], is_done=True, timeline=whole["timeline"])
 
 
 BEHAVIOURS = (
@@ -61,6 +64,7 @@ def test_crowd_of_clients_some_of_whom_leave(app: Application) -> None:
     assert len(stayed) > NUM_CLIENTS / 2
     for i, answer in stayed.items():
         assert (answer.is_done, answer.finish_reason) == (True, "length"), f"client {i}: {answer}"
+        assert answer.num_attempts == 1, f"client {i} was disturbed by those who left: {answer.timeline}"
     eventually(app.objection_to_rest, 15)
     alone = [app.post(body_of(i)).json()["choices"][0]["message"]["content"] for i in range(8)]
     assert {i: a.text for i, a in stayed.items()} == {i: alone[i % 8] for i in stayed}, "company changed an answer"

@@ -128,3 +128,26 @@ def test_router_killed(whole_app: Application) -> None:
     check_whole(streams, text)
     assert [r.status_code for r in new] == [200, 200], [r.text for r in new]
     assert took_s < 12, "new requests wait briefly"
+
+
+def test_client_that_leaves_takes_nobody_with_it(whole_app: Application) -> None:
+    """Not even the one whose request was the first on a replica, and has made the link that all use since."""
+    app = whole_app
+    (mixed,) = app.replicas("mixed", "mixed")
+    ray.kill(app.rank(mixed))
+    eventually(lambda: "" if mixed not in app.replicas() else "the dead replica is still known", 30)
+    eventually(app.objection_to_ready, 90)
+
+    async def play() -> Streamed:
+        async with httpx.AsyncClient() as client:
+            body = chat_body("mixed", "Who was first?", max_tokens=120, include_timeline=True)
+            first, second = app.stream(client, body), app.stream(client, body)
+            await anext(first)
+            answer = await anext(second)
+            await first.aclose()
+            async for answer in second:  # noqa: B007
+                pass
+            return answer
+
+    answer = run(play())
+    assert (answer.is_done, answer.num_attempts) == (True, 1), answer

@@ -43,7 +43,7 @@ FOREIGN: dict[str, set[str]] = {
     "config": {"yaml"},
     "policy": set(),
     "inputs": {"numpy", "PIL", "jinja2", "tokenizers", "transformers"},
-    "model": {"torch", "numpy", "safetensors", "numba"},
+    "model": {"torch", "numpy", "safetensors", "numba", "llvmlite"},
     "transport": {"numpy", "xxhash", "torch", "cupy"},
     "engine": {"torch", "numpy"},
     "api": {"pydantic", "pydantic_core", "fastapi", "starlette", "grpc", "google", "uvicorn", "numpy", "httpx"},

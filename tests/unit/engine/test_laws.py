@@ -113,9 +113,7 @@ def test_continuing_elsewhere_gives_the_same_tokens(expected: dict[str, list[int
     """A request is a value: whoever gets the tokens so far goes on with the same ones, chance included."""
     for cut in (1, 4, 9):
         worker, outcomes = make_worker()
-        replays = [
-            dataclasses.replace(r, output_token_ids=tuple(expected[r.request_id][:cut])) for r in requests()
-        ]
+        replays = [dataclasses.replace(r, output_token_ids=tuple(expected[r.request_id][:cut])) for r in requests()]
         for r in replays:
             outcomes.tokens[r.request_id] = list(r.output_token_ids)
         assert answers(worker, outcomes, replays) == expected

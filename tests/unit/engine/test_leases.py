@@ -116,7 +116,9 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         assert self.table.pool.check()
         assert len(self.table) == len(self.live)
-        owners = [block for blocks in (*self.taken, *(lease.blocks for lease in self.live.values())) for block in blocks]
+        owners = [
+            block for blocks in (*self.taken, *(lease.blocks for lease in self.live.values())) for block in blocks
+        ]
         assert len(set(owners)) == len(owners) == self.table.pool.num_used
         assert self.table.num_blocks == sum(len(lease.blocks) for lease in self.live.values())
 

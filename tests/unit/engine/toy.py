@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ernie_cluster.engine.engine import Outcome
 from ernie_cluster.engine.handover import EMBED_PIECE
 from ernie_cluster.engine.sampler import SamplerRow
 from ernie_cluster.engine.worker import Worker, WorkerSettings
@@ -105,7 +106,9 @@ def picture_pieces(
     return pieces
 
 
-def toy_worker(num_blocks: int, block_size: int, **settings: object) -> tuple[Worker, Outcomes]:
+def toy_worker(
+    num_blocks: int, block_size: int, *, emit: Callable[[list[Outcome]], None] | None = None, **settings: object
+) -> tuple[Worker, Outcomes]:
     """A worker around the toy, not started, whose clock stands still at 0 until it is replaced."""
     outcomes = Outcomes()
     values: dict[str, object] = {
@@ -120,7 +123,7 @@ def toy_worker(num_blocks: int, block_size: int, **settings: object) -> tuple[Wo
         **settings,
     }
     runner = ToyRunner(num_blocks, block_size)
-    worker = Worker(runner, tiny_config(), WorkerSettings(**values), outcomes)  # type: ignore[arg-type]
+    worker = Worker(runner, tiny_config(), WorkerSettings(**values), emit or outcomes)  # type: ignore[arg-type]
     worker.engine.clock = lambda: 0.0
     return worker, outcomes
 

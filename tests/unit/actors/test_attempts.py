@@ -1,0 +1,105 @@
+"""How a request goes on when an attempt fails; the attempts themselves are played."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, Sequence
+
+import numpy as np
+import pytest
+
+from ernie_cluster.actors import cluster_backend
+from ernie_cluster.actors.cluster_backend import ClusterBackend
+from ernie_cluster.config.presets import PRESETS
+from ernie_cluster.errors import ErnieClusterError, Overloaded, ReplicaLost
+from ernie_cluster.request import FinishReason, GenerationRequest, SamplingParams, Span, TokenEvent
+
+LOST = ReplicaLost("decode-0 is gone")
+FULL = Overloaded("no room", retry_after_s=0.0)
+
+
+class PlayedBackend(ClusterBackend):
+    """Each attempt gives some tokens, then fails or, with None, comes to its end.
+
+    Args:
+        script: (number of tokens, how it ends) per attempt.
+    """
+
+    def __init__(self, script: Sequence[tuple[int, ErnieClusterError | None]], max_attempts: int = 3) -> None:
+        config = PRESETS["tiny"]("/nowhere")
+        router = dataclasses.replace(config.router, max_attempts=max_attempts)
+        self._config = dataclasses.replace(config, router=router)
+        self._script = iter(script)
+        self.attempts: list[GenerationRequest] = []
+
+    async def _attempt(
+        self, request: GenerationRequest, epoch: int, lost: set[str], spans: list[Span]
+    ) -> AsyncGenerator[list[TokenEvent], None]:
+        self.attempts.append(request)
+        assert epoch + 1 == len(self.attempts)
+        num_tokens, end = next(self._script)
+        first = len(request.output_token_ids)
+        for i in range(first, first + num_tokens):
+            is_last = end is None and i + 1 == first + num_tokens
+            yield [TokenEvent(request.request_id, i, (i,), FinishReason.LENGTH if is_last else None)]
+        if end is not None:
+            raise end
+
+
+def generate(backend: ClusterBackend) -> tuple[list[TokenEvent], Exception | None]:
+    request = GenerationRequest(
+        "r", "tiny", np.ones(4, np.int32), np.ones((3, 4), np.int32), SamplingParams(max_tokens=9)
+    )
+
+    async def run() -> tuple[list[TokenEvent], Exception | None]:
+        out: list[TokenEvent] = []
+        try:
+            async for events in backend.generate(request):
+                out += events
+        except ErnieClusterError as e:
+            return out, e
+        return out, None
+
+    return asyncio.run(run())
+
+
+def test_answer_goes_on_where_it_broke_off() -> None:
+    backend = PlayedBackend([(2, LOST), (3, LOST), (1, None)])
+    events, error = generate(backend)
+    assert error is None
+    assert [(e.request_id, e.index, e.token_ids) for e in events] == [("r", i, (i,)) for i in range(6)]
+    assert [a.output_token_ids for a in backend.attempts] == [(), (0, 1), (0, 1, 2, 3, 4)]
+
+
+def test_engines_know_each_attempt_by_another_name() -> None:
+    backend = PlayedBackend([(0, LOST), (0, FULL), (1, None)])
+    generate(backend)
+    assert len({a.request_id for a in backend.attempts}) == 3
+
+
+def test_attempts_have_an_end() -> None:
+    backend = PlayedBackend([(1, LOST)] * 5, max_attempts=2)
+    events, error = generate(backend)
+    assert error is LOST
+    assert len(events) == len(backend.attempts) == 2
+
+
+def test_full_cluster_refuses_at_once() -> None:
+    backend = PlayedBackend([(0, FULL)])
+    assert generate(backend) == ([], FULL)
+
+
+def test_request_that_lost_its_replica_waits_for_room() -> None:
+    backend = PlayedBackend([(1, LOST), (0, FULL), (0, FULL), (1, None)], max_attempts=2)
+    events, error = generate(backend)
+    assert error is None
+    assert len(events) == 2
+
+
+def test_waiting_for_room_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_backend, "_RECOVERY_S", 0.0)
+    backend = PlayedBackend([(1, LOST), (0, FULL)])
+    events, error = generate(backend)
+    assert error is FULL
+    assert len(events) == 1

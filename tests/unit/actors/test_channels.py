@@ -1,0 +1,80 @@
+"""Channels are made once per peer, and again after a peer was lost."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from ernie_cluster.actors.channels import Channels
+from ernie_cluster.errors import ReplicaLost, TransferFailed
+from ernie_cluster.transport.base import Channel, Message, Pack, PieceHeader
+from ernie_cluster.transport.choose import Choice, Endpoint
+
+ME, PEER, OTHER = (Endpoint("host", f"shm:{name}:secret", name) for name in ("me", "peer", "other"))
+
+
+class PlayedChannel:
+    """Every call fails with `error`, if it has one."""
+
+    max_piece_bytes = 1
+
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+        self.is_closed = False
+
+    def push(self, header: PieceHeader, pack: Pack) -> Future[None]:
+        raise AssertionError("nothing is pushed here")
+
+    def call(self, message: Message, timeout_s: float) -> Future[Message]:
+        answer: Future[Message] = Future()
+        if self._error is None:
+            answer.set_result({})
+        else:
+            answer.set_exception(self._error)
+        return answer
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class PlayedChannels(Channels):
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__(ME)
+        self._error = error
+        self.made: list[PlayedChannel] = []
+        self.door = threading.Event()
+        self.door.set()
+
+    def _make(self, choice: Choice, peer: Endpoint) -> Channel:
+        self.door.wait(10)
+        self.made.append(PlayedChannel(self._error))
+        return self.made[-1]
+
+
+def test_requests_that_meet_a_peer_first_at_the_same_time_share_one_channel() -> None:
+    channels = PlayedChannels()
+    channels.door.clear()
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(channels.to, PEER) for _ in range(8)]
+        channels.door.set()
+        assert len({id(f.result(10)) for f in found}) == 1
+    assert len(channels.made) == 1
+
+
+@pytest.mark.parametrize(("error", "num_made"), [(None, 1), (TransferFailed("once"), 1), (ReplicaLost("gone"), 2)])
+def test_only_a_lost_channel_is_made_anew(error: Exception | None, num_made: int) -> None:
+    channels = PlayedChannels(error)
+    channels.to(PEER).call({}, 1.0)
+    channels.to(PEER)
+    assert len(channels.made) == num_made
+    assert [c.is_closed for c in channels.made] == [True] * (num_made - 1) + [False]
+
+
+def test_close_closes_all() -> None:
+    channels = PlayedChannels()
+    channels.to(PEER)
+    channels.to(OTHER)
+    channels.close()
+    assert [c.is_closed for c in channels.made] == [True, True]
