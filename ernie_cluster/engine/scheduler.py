@@ -105,7 +105,7 @@ class Scheduler:
     @property
     def num_blocks_owed(self) -> int:
         """Blocks that preempted sequences wait for; whoever comes later must leave them."""
-        return 0
+        return sum(self.pool.num_blocks_for(len(s.tokens)) for s in self.waiting if not s.blocks)
 
     def _find_prefix(self, sequence: Sequence) -> bool:
         """Give a sequence without blocks enough for all its tokens, cached ones first; False when they are not free.

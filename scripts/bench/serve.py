@@ -37,7 +37,7 @@ from ray import serve
 from ernie_cluster.actors import launch
 from ernie_cluster.actors.app import build_api
 from ernie_cluster.actors.events import EventHub
-from ernie_cluster.actors.messages import NAMESPACE, Batch, ReplicaInfo
+from ernie_cluster.actors.messages import NAMESPACE, Batch, Load, ReplicaInfo
 from ernie_cluster.actors.router import find_router
 from ernie_cluster.cli.progress import Progress
 from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint
@@ -45,7 +45,7 @@ from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.presets import PRESETS
 from ernie_cluster.engine.runner import Runner
-from ernie_cluster.engine.worker import Worker, WorkerSettings, WorkerSnapshot
+from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.request import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from ernie_cluster.transport.choose import Endpoint
@@ -209,8 +209,8 @@ class NoopRank:
             for request_id in request_ids:
                 self._open.pop(request_id, None)
 
-    async def snapshot(self) -> WorkerSnapshot:
-        return WorkerSnapshot(0, 0, 0, 0, 10_000, 10_000, 0, 0.0, 0, 0, 0, 0, 0)
+    async def snapshot(self) -> Load:
+        return Load(0, 0, 0, free_blocks=10_000, total_blocks=10_000)
 
 
 def measure_streams(folder: str, num_streams: int = 32, max_tokens: int = 600) -> None:

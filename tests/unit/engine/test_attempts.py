@@ -246,15 +246,47 @@ def refusals(reply: Message) -> str:
 
 def test_a_late_answer_to_an_old_claim_does_not_disturb_the_new_attempt() -> None:
     pair, request = Pair(), make_request(PROMPT, "a", max_tokens=6)
-    pair.prefill.open_prefill(request, 0, pair.channel)
+    pair.open(request)
     pair.prefill.open_prefill(request, 1, pair.channel)
+    pair.channel.deliver()
+    assert not pair.prefill.engine.sequences
     pair.decode.open_decode(request, 1)
-    pair.channel.deliver()  # attempt 0's claim: refused
     pair.channel.deliver()
     assert [s.epoch for s in pair.prefill.engine.sequences.values()] == [1]
     pair.run()
     assert pair.tokens("a") == answer(request)
     assert not pair.prefill_errors
+
+
+def test_a_refused_old_claim_does_not_disturb_the_new_attempt() -> None:
+    """Nor the vision replica that has claimed the new attempt's place before it was opened."""
+    pair, request = Pair(), make_request([7, make_image(1, (1, 4, 4)), 8], "a", max_tokens=6)
+    pair.prefill.open_prefill(request, 0, pair.channel)
+    replies: list[Message] = []
+    pair.prefill.inbox.handle({"type": "claim", "request_id": "a", "epoch": 1}, replies.append)
+    pair.channel.fail(TransferFailed("lost"))
+    assert isinstance(pair.prefill_errors.pop("a"), TransferFailed)
+    assert not replies
+    pair.open(request, 1)
+    pair.channel.deliver()
+    assert replies == [{"media": [0]}]
+    assert not pair.prefill_errors
+
+
+def test_a_worker_may_change_sides_between_attempts() -> None:
+    """It has claimed a place for attempt 0 when attempt 1 chooses it to decode."""
+    pair, request = Pair(), make_request(PROMPT, "a")
+    pair.prefill.open_prefill(request, 0, pair.channel)
+    pair.prefill.open_decode(request, 1)
+    pair.channel.fail(TransferFailed("lost"))
+    assert not pair.prefill_errors
+    assert pair.prefill.leases.find("a", 1)
+    assert pair.prefill.snapshot().num_waiting == 0
+    pair.prefill.open_prefill(request, 2, pair.channel)
+    with pytest.raises(TransferFailed, match="attempt 1 is fenced off"):
+        pair.prefill.inbox.accept(*unwanted_piece(1))
+    assert pair.prefill.abort("a")
+    assert pair.is_empty()
 
 
 def test_of_two_claims_the_newer_one_waits() -> None:
@@ -310,6 +342,11 @@ def kv_piece(epoch: int, number: int, detail: tuple[int, int, int, int], num_byt
 
 def payload(header: PieceHeader) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return np.full(header.nbytes, 7, np.uint8)
+
+
+def unwanted_piece(epoch: int) -> tuple[PieceHeader, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+    header = kv_piece(epoch, 0, (0, 1, 1, 1))
+    return header, payload(header)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ernie_cluster.engine.scheduler import Schedule
-from ernie_cluster.engine.sequence import Status
+from ernie_cluster.engine.block_pool import BlockPool
+from ernie_cluster.engine.scheduler import Schedule, Scheduler
+from ernie_cluster.engine.sequence import Sequence, Status
 from ernie_cluster.engine.worker import Worker
 from ernie_cluster.errors import ContextTooLong, Evicted, Overloaded
 from ernie_cluster.request import GenerationRequest, MediaInput
@@ -319,7 +320,7 @@ def test_a_preempted_sequence_uses_the_pictures_that_came_for_it() -> None:
 
 
 def test_blocks_on_their_way_to_another_replica_do_not_change_hands() -> None:
-    worker, outcomes = toy_worker(4, 4, reserve_output_tokens=0)
+    worker, outcomes = toy_worker(4, 4, reserve_output_tokens=0, max_batch_tokens=6, max_num_seqs=2)
     decode = Elsewhere()
     channel = ManualChannel(decode)
     older = open_mixed(worker, [1, 2, 3, 4], "older", 6)
@@ -327,15 +328,32 @@ def test_blocks_on_their_way_to_another_replica_do_not_change_hands() -> None:
     channel.deliver_all()
     leaving = worker.engine.sequences["leaves"]
     blocks = list(leaving.blocks)
+    worker.engine.step()
+    assert (leaving.status, leaving.num_computed) == (Status.RUNNING, 2)
     steps_until_idle(worker, 20)
     channel.deliver_all()
     assert worker.engine.counters.preemptions == 1
+    assert leaving.num_preemptions == 0
     assert (leaving.status, leaving.blocks) == (Status.HANDING_OVER, blocks)
     decode.commits["leaves"]({})
     steps_until_idle(worker, 20)
     assert worker.pool.num_used == 0
     outcomes.drain()
     assert outcomes.tokens["older"] == answer(older)
+
+
+def test_those_who_wait_for_blocks_get_them_in_turn() -> None:
+    """A small one does not slip past a large one for ever."""
+    pool = BlockPool(7, 4)
+    scheduler = Scheduler(pool, max_batch_tokens=64, max_num_seqs=4)
+    large, small = (Sequence(make_request(range(n)), []) for n in (20, 4))
+    scheduler.add(large)
+    scheduler.add(small)
+    others = pool.allocate(2)
+    assert scheduler.num_blocks_owed == 6
+    assert scheduler.schedule().num_tokens == 0
+    pool.free(others)
+    assert [s for s, _ in scheduler.schedule().chunks] == [large, small]
 
 
 def test_cached_tokens_are_those_of_the_first_admission() -> None:
