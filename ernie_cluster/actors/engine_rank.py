@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, receive
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import Batch, Load, Outcome, Ready
@@ -39,6 +40,7 @@ class EngineRank:
 
     def __init__(self, config: ClusterConfig, model: str, role: Role, actor_name: str, num_cpus: float) -> None:
         start = time.perf_counter()
+        process.share_interpreter()
         from ernie_cluster.actors.load_worker import load_worker  # torch, which the conductor need not import
 
         self._hub: EventHub | None = None

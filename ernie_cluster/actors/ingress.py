@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from fastapi import FastAPI
 
+from ernie_cluster.actors import process
 from ernie_cluster.actors.cluster_backend import ClusterBackend
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.limits import ApiLimits
@@ -22,6 +23,7 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
     """What `serve.ingress` calls on the replica to get its ASGI app."""
 
     def build() -> FastAPI:
+        process.share_interpreter()
         setup_logging(os.environ.get("ERNIE_LOG_LEVEL", "INFO"))
         processors = {m.name: make_processor(config, m.name) for m in config.models}
         return create_app(ClusterBackend(app, config), processors, api_limits(config), PrometheusMetrics())

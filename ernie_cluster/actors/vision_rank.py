@@ -16,6 +16,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, receive
 from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Ready
 from ernie_cluster.config.cluster import ClusterConfig, Role
@@ -43,6 +44,7 @@ class VisionRank:
 
     def __init__(self, config: ClusterConfig, model: str, role: Role, actor_name: str, num_cpus: float) -> None:
         start = time.perf_counter()
+        process.share_interpreter()
         from ernie_cluster.actors.encoder import Encoder  # torch, which the conductor need not import
 
         self._encoder = Encoder.load(config, model, num_cpus)

@@ -119,7 +119,11 @@ class Worker:
         """Run a prompt and a decode step before anybody waits for them: compiles kernels, touches memory."""
         prompt = np.zeros(min(32, self.settings.max_batch_tokens), dtype=np.int32)
         request = GenerationRequest(
-            "warm-up", "", prompt, np.tile(np.arange(len(prompt), dtype=np.int32), (3, 1)), SamplingParams(temperature=0)
+            "warm-up",
+            "",
+            prompt,
+            np.tile(np.arange(len(prompt), dtype=np.int32), (3, 1)),
+            SamplingParams(temperature=0),
         )
         sequence = Sequence(request, [], blocks=self.pool.allocate(1))
         sequence.blocks *= self.pool.num_blocks_for(len(prompt) + 1)  # nobody reads what it writes
@@ -303,4 +307,3 @@ class Worker:
             self.failure = failure
             ids = {*self.engine.sequences, *self._opening}
         self._emit([RequestFailed(r, failure) for r in ids])
-

@@ -55,9 +55,13 @@ progress = Progress()
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A free port below the range from which Ray's own processes take theirs."""
+    for port in range(18000, 19000):
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if s.connect_ex(("127.0.0.1", port)):
+                return port
+    raise RuntimeError("no free port between 18000 and 19000")
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import numpy as np
 import torch
 
@@ -20,7 +22,7 @@ def show(channel: Channel, request: GenerationRequest, epoch: int, rows_each: in
     claim = channel.call({"type": "claim", "request_id": request.request_id, "epoch": epoch}, TIMEOUT_S)
     wanted = claim.result(TIMEOUT_S)["media"]
     assert isinstance(wanted, list)
-    pushes = []
+    pushes: list[Future[None]] = []
     for index in wanted:
         assert isinstance(index, int)
         rows = encode(request.media[index]).view(torch.uint8).numpy()

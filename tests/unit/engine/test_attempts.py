@@ -1,120 +1,20 @@
-"""One request between a prefill and a decode worker, step by step on the toy model: who may still do what, and when."""
+"""One request between a prefill and a decode worker, again and again: who may still do what, and who frees it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from concurrent.futures import Future
 
-import numpy as np
 import pytest
 
 from ernie_cluster.engine.engine import Outcome
-from ernie_cluster.engine.handover import EMBED_PIECE, KV_PIECE
-from ernie_cluster.engine.sequence import Status
 from ernie_cluster.errors import Overloaded, ReplicaLost, TransferFailed
-from ernie_cluster.request import GenerationRequest, MediaInput, RequestFailed
-from ernie_cluster.transport.base import Message, PieceHeader
+from ernie_cluster.transport.base import Message
 from tests.tiny import make_image, make_request
-from tests.unit.engine.toy import NUM_LAYERS, ManualChannel, answer, picture_pieces, toy_worker
+from tests.unit.engine.pair import LEASE_S, PROMPT, STAGES, Pair, Stage, between_chunks, claimed, committed, decoding
+from tests.unit.engine.test_pieces import kv_piece, payload
+from tests.unit.engine.toy import ManualChannel, answer, picture_pieces
 
-LEASE_S = 10.0
-BLOCK_SIZE = 4
-PROMPT: list[int | MediaInput] = list(range(10, 19))
-"""Nine tokens, three blocks."""
-
-
-class Pair:
-    """A prefill worker, a decode worker, and the channel between them; chunks of a block, pieces of a block."""
-
-    def __init__(self, **settings: object) -> None:
-        self.now = 0.0
-        whole: dict[str, object] = {"max_batch_tokens": BLOCK_SIZE, "lease_timeout_s": LEASE_S, **settings}
-        self.answers: dict[str, dict[int, int]] = {}
-        self.prefill_errors: dict[str, Exception] = {}
-        self.decode_errors: dict[str, Exception] = {}
-        self.prefill, _ = toy_worker(20, BLOCK_SIZE, emit=self._take_into(self.prefill_errors), **whole)
-        self.decode, _ = toy_worker(20, BLOCK_SIZE, emit=self._take_into(self.decode_errors), **whole)
-        for worker in (self.prefill, self.decode):
-            worker.engine.clock = lambda: self.now
-        self.channel = ManualChannel(self.decode.inbox)
-
-    def open(self, request: GenerationRequest, epoch: int = 0) -> None:
-        self.decode.open_decode(request, epoch)
-        self.prefill.open_prefill(request, epoch, self.channel)
-
-    def run(self) -> None:
-        """Until nothing moves."""
-        for _ in range(200):
-            self.channel.deliver_all()
-            did_run = [worker.engine.step() for worker in (self.prefill, self.decode)]
-            assert self.prefill.check()
-            assert self.decode.check()
-            if not any(did_run) and not self.channel.jobs:
-                return
-        raise AssertionError("this never ends")
-
-    def pass_time(self, seconds: float) -> None:
-        self.now += seconds
-        for worker in (self.prefill, self.decode):
-            worker.sweep()
-
-    def tokens(self, request_id: str) -> list[int]:
-        """What both have emitted, in order and without a gap."""
-        by_index = self.answers.get(request_id, {})
-        return [by_index[i] for i in range(len(by_index))]
-
-    def _take_into(self, errors: dict[str, Exception]) -> Callable[[list[Outcome]], None]:
-        def take(outcomes: list[Outcome]) -> None:
-            for outcome in outcomes:
-                if isinstance(outcome, RequestFailed):
-                    errors[outcome.request_id] = outcome.error
-                else:
-                    by_index = self.answers.setdefault(outcome.request_id, {})
-                    by_index.update(enumerate(outcome.token_ids, outcome.index))
-
-        return take
-
-    def is_empty(self) -> bool:
-        return self.prefill.pool.num_used == self.decode.pool.num_used == 0
-
-
-# ---- the stages of a hand-over, each as what has been done so far
-
-
-def opened(pair: Pair) -> None:
-    """The claim is on its way."""
-
-
-def claimed(pair: Pair) -> None:
-    pair.channel.deliver()
-
-
-def between_chunks(pair: Pair) -> None:
-    claimed(pair)
-    pair.prefill.engine.step()
-    pair.channel.deliver()
-    pair.prefill.engine.step()
-
-
-def committing(pair: Pair) -> None:
-    claimed(pair)
-    while pair.prefill.engine.step():
-        pass
-
-
-def committed(pair: Pair) -> None:
-    committing(pair)
-    pair.channel.deliver_all()
-
-
-def decoding(pair: Pair) -> None:
-    committed(pair)
-    pair.decode.engine.step()
-
-
-Stage = Callable[[Pair], None]
-STAGES: list[Stage] = [opened, claimed, between_chunks, committing, committed, decoding]
 at_every_stage = pytest.mark.parametrize("stage", STAGES)
 
 
@@ -283,8 +183,9 @@ def test_a_worker_may_change_sides_between_attempts() -> None:
     assert pair.prefill.leases.find("a", 1)
     assert pair.prefill.snapshot().num_waiting == 0
     pair.prefill.open_prefill(request, 2, pair.channel)
+    piece = kv_piece(1, 0, (0, 1, 1, 1))
     with pytest.raises(TransferFailed, match="attempt 1 is fenced off"):
-        pair.prefill.inbox.accept(*unwanted_piece(1))
+        pair.prefill.inbox.accept(piece, payload(piece))
     assert pair.prefill.abort("a")
     assert pair.is_empty()
 
@@ -332,96 +233,7 @@ def test_a_vision_replica_that_comes_after_all_was_done_is_told_that_nothing_is_
     assert len(replies) == 2
 
 
-# ---- pieces and commits
-
-
-def kv_piece(epoch: int, number: int, detail: tuple[int, int, int, int], num_bytes: int | None = None) -> PieceHeader:
-    size = detail[1] * detail[3] * 2 * BLOCK_SIZE * 8 if num_bytes is None else num_bytes
-    return PieceHeader("a", epoch, number, size, (KV_PIECE, *detail))
-
-
-def payload(header: PieceHeader) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    return np.full(header.nbytes, 7, np.uint8)
-
-
-def unwanted_piece(epoch: int) -> tuple[PieceHeader, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
-    header = kv_piece(epoch, 0, (0, 1, 1, 1))
-    return header, payload(header)
-
-
-@pytest.mark.parametrize(
-    ("header", "reason"),
-    [
-        (kv_piece(0, 0, (0, 1, 1, 1)), "attempt 0 is fenced off, attempt 1 holds the lease"),
-        (kv_piece(2, 0, (0, 1, 1, 1)), "attempt 2 is fenced off, attempt 1 holds the lease"),
-        (dataclasses.replace(kv_piece(1, 0, (0, 1, 1, 1)), request_id="b"), "no lease; it ended or ran out"),
-        (kv_piece(1, 9, (0, 1, 1, 1)), "piece 9 came twice"),
-        (kv_piece(1, 0, (0, 1, 0, 1)), "does not fit the lease"),  # the cached prefix, which others read
-        (kv_piece(1, 0, (0, 1, 3, 2)), "does not fit the lease"),
-        (kv_piece(1, 0, (NUM_LAYERS - 1, 2, 1, 1)), "does not fit the lease"),
-        (kv_piece(1, 0, (0, 0, 1, 1)), "does not fit the lease"),
-        (kv_piece(1, 0, (-1, 1, 1, 1)), "does not fit the lease"),
-        (kv_piece(1, 0, (0, 1, 1, 1), num_bytes=8), "does not fit the lease"),
-        (PieceHeader("a", 1, 0, 8, (5,)), "unknown kind 5"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_piece_that_does_not_belong_is_refused_and_writes_nothing(header: PieceHeader, reason: str) -> None:
-    pair = Pair()
-    pair.decode.open_prefill(make_request([*PROMPT[:4], 1], "cached", max_tokens=1), 0, None)
-    while pair.decode.engine.step():
-        pass
-    pair.decode.open_decode(make_request(PROMPT, "a", max_tokens=1), 1)
-    assert pair.decode.leases.find("a", 1).num_shared == 1
-    first = kv_piece(1, 9, (0, 1, 2, 1))
-    pair.decode.inbox.accept(first, payload(first))
-    before, received = pair.decode.engine.runner.kv.data.clone(), pair.decode.inbox.bytes_received
-    with pytest.raises(TransferFailed, match=reason):
-        pair.decode.inbox.accept(header, payload(header))
-    assert pair.decode.engine.runner.kv.data.equal(before)
-    assert pair.decode.inbox.bytes_received == received
-
-
-@pytest.mark.parametrize("error", [TransferFailed("lost"), ReplicaLost("gone")])
-def test_a_commit_whose_piece_is_missing_is_refused(error: TransferFailed | ReplicaLost) -> None:
-    pair, request = Pair(), make_request(PROMPT, "a", max_tokens=6)
-    pair.open(request)
-    committing(pair)
-    pair.channel.fail(error)
-    pair.run()
-    assert "1 of 3 pieces did not arrive" in str(pair.prefill_errors["a"])
-    assert pair.prefill.pool.num_used == 0
-    assert pair.decode.snapshot().num_leases == 1
-    pair.open(request, 1)
-    pair.run()
-    assert pair.tokens("a") == answer(request)
-    assert pair.is_empty()
-
-
-def test_a_commit_that_leaves_blocks_unfilled_is_refused() -> None:
-    """Even when its count of pieces is right."""
-    pair = Pair()
-    pair.decode.open_decode(make_request(PROMPT, "a"), 0)
-    piece = kv_piece(0, 0, (0, NUM_LAYERS, 0, 2))
-    pair.decode.inbox.accept(piece, payload(piece))
-    commit: Message = {"type": "commit", "request_id": "a", "epoch": 0, "num_pieces": 1, "output": [1]}
-    with pytest.raises(TransferFailed, match="256 bytes arrived, 9 tokens have 384"):
-        pair.decode.inbox.handle(commit, lambda reply: None)
-    assert pair.decode.snapshot().num_leases == 1
-    assert pair.decode.abort("a")
-    assert pair.is_empty()
-
-
-def test_a_commit_counts_once() -> None:
-    pair, request = Pair(), make_request(PROMPT, "a", max_tokens=6)
-    pair.open(request)
-    committing(pair)
-    message = pair.channel.jobs[-1].message
-    pair.channel.deliver_all()
-    with pytest.raises(TransferFailed, match="no lease"):
-        pair.decode.inbox.handle(message, lambda reply: None)
-    pair.run()
-    assert pair.tokens("a") == answer(request)
+# ---- failures
 
 
 class ClosedChannel(ManualChannel):
@@ -436,7 +248,8 @@ class ClosedChannel(ManualChannel):
 
 
 def test_the_first_token_comes_before_the_failure_of_its_hand_over() -> None:
-    pair, seen = Pair(), []
+    pair = Pair()
+    seen: list[Outcome] = []
     pair.prefill.engine.emit = pair.prefill._emit = seen.extend
     pair.channel = ClosedChannel(pair.decode.inbox)
     pair.open(make_request(PROMPT, "a"))
@@ -445,70 +258,3 @@ def test_the_first_token_comes_before_the_failure_of_its_hand_over() -> None:
         pass
     assert [type(outcome).__name__ for outcome in seen] == ["TokenEvent", "RequestFailed"]
     assert pair.prefill.pool.num_used == 0
-
-
-# ---- pictures
-
-
-def test_rows_of_a_picture_count_once() -> None:
-    """A picture is whole when all its rows are there, not when as many have come."""
-    pair = Pair()
-    request = make_request([7, make_image(1, (1, 4, 4)), 8], "a", max_tokens=3)
-    pair.prefill.open_prefill(request, 0, None)
-    pieces = picture_pieces(request, 0, 0, 2)
-    pair.prefill.inbox.accept(*pieces[0])
-    with pytest.raises(TransferFailed, match="rows from 0 of picture 0 came twice"):
-        pair.prefill.inbox.accept(*pieces[0])
-    pair.run()
-    assert pair.prefill.engine.sequences["a"].num_computed == 2
-    pair.prefill.inbox.accept(*pieces[1])
-    with pytest.raises(TransferFailed, match="rows from 2 of picture 0 came twice"):
-        pair.prefill.inbox.accept(*pieces[1])
-    pair.run()
-    assert pair.tokens("a") == answer(request)
-
-
-@pytest.mark.parametrize(
-    ("epoch", "detail", "reason"),
-    [
-        (1, (EMBED_PIECE, 0, 0, 2), "no prompt waits for attempt 1's picture"),
-        (0, (EMBED_PIECE, 1, 0, 2), "no prompt waits"),
-        (0, (EMBED_PIECE, -1, 0, 2), "no prompt waits"),
-        (0, (EMBED_PIECE, 0, 3, 2), "2 rows from 3 do not fit 4"),
-        (0, (EMBED_PIECE, 0, 0, 1), "1 rows from 0 do not fit 4"),
-    ],
-)
-def test_rows_that_do_not_belong_are_refused(epoch: int, detail: tuple[int, ...], reason: str) -> None:
-    pair = Pair()
-    request = make_request([7, make_image(1, (1, 4, 4)), 8], "a")
-    pair.prefill.open_prefill(request, 0, None)
-    header, rows = picture_pieces(request, 0, 0, 2)[0]
-    with pytest.raises(TransferFailed, match=reason):
-        pair.prefill.inbox.accept(dataclasses.replace(header, epoch=epoch, detail=detail), rows)
-    assert not pair.prefill.engine.sequences["a"].arriving
-
-
-@pytest.mark.parametrize("end", ["abort", "deadline", "new attempt"])
-def test_half_a_picture_goes_with_its_sequence(end: str) -> None:
-    pair = Pair()
-    request = dataclasses.replace(make_request([7, make_image(1, (1, 4, 4)), 8], "a", max_tokens=3), timeout_s=5.0)
-    pair.prefill.open_prefill(request, 0, None)
-    old = pair.prefill.engine.sequences["a"]
-    pieces = picture_pieces(request, 0, 0, 2)
-    pair.prefill.inbox.accept(*pieces[0])
-    if end == "abort":
-        pair.prefill.abort("a")
-    elif end == "deadline":
-        pair.now = 5.0
-    else:
-        pair.prefill.open_prefill(request, 1, None)
-    pair.prefill.engine.step()
-    assert (old.status, old.arriving) == (Status.FINISHED, {})
-    with pytest.raises(TransferFailed, match="no prompt waits"):
-        pair.prefill.inbox.accept(*pieces[1])
-    if end == "new attempt":
-        for piece in picture_pieces(request, 0, 1, 2):
-            pair.prefill.inbox.accept(*piece)
-        pair.run()
-        assert pair.tokens("a") == answer(request)
-    assert pair.is_empty()

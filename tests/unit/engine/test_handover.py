@@ -6,6 +6,7 @@ And what happens to the books of both sides when something on the way goes wrong
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import TracebackType
 
 import pytest
@@ -37,8 +38,8 @@ class Path:
     def __init__(
         self,
         faults: Faults | None = None,
-        prefill: dict[str, object] | None = None,
-        decode: dict[str, object] | None = None,
+        prefill: Mapping[str, object] | None = None,
+        decode: Mapping[str, object] | None = None,
     ) -> None:
         self.prefill, self.prefilled = make_worker("prefill", **(prefill or {}))  # type: ignore[arg-type]
         self.decode, self.decoded = make_worker("decode", **(decode or {}))  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ the right one, and every request ends.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,14 +19,13 @@ from ernie_cluster.engine.engine import Outcome
 from ernie_cluster.engine.worker import Worker
 from ernie_cluster.errors import ContextTooLong, Overloaded, ReplicaError, ReplicaLost, TransferFailed
 from ernie_cluster.request import GenerationRequest, MediaInput, RequestFailed
-from tests.tiny import make_image, make_request
-from tests.unit.engine.toy import ManualChannel, answer, picture_pieces, toy_worker
+from ernie_cluster.transport.base import Message
+from tests.tiny import make_request
+from tests.unit.engine.toy import ManualChannel, answer, picture, picture_pieces, toy_worker
 
 LEASE_S = 10.0
 PATHS = [(0, 1), (1, 0), (0, None), (1, None)]
 """(prefill, decode or None where one worker does both)."""
-
-picture = functools.cache(make_image)
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +43,7 @@ class Client:
 
     @property
     def so_far(self) -> tuple[int, ...]:
-        out = []
+        out: list[int] = []
         while len(out) in self.tokens:
             out.append(self.tokens[len(out)])
         return tuple(out)
@@ -214,10 +212,11 @@ class HistoryMachine(RuleBasedStateMachine):
     def show_to(self, client: Client, epoch: int, rows_each: int) -> None:
         worker, request_id = self.workers[client.path[0]], client.request.request_id
         sequence = worker.engine.sequences.get(request_id)
-        is_wanted = sequence is not None and sequence.epoch == epoch
+        if sequence is not None and sequence.epoch != epoch:
+            sequence = None
         for index in range(len(client.request.media)):
             for piece in picture_pieces(client.request, index, epoch, rows_each):
-                if not is_wanted:
+                if sequence is None:
                     with pytest.raises(TransferFailed):
                         worker.inbox.accept(*piece)
                 elif index in sequence.awaited_media and index not in sequence.embeds:
@@ -227,7 +226,7 @@ class HistoryMachine(RuleBasedStateMachine):
     @rule(data=st.data(), age=st.integers(0, 2), which=st.integers(0, 1))
     def commit_without_pieces_arrives(self, data: st.DataObject, age: int, which: int) -> None:
         client = self.clients[data.draw(st.sampled_from(sorted(self.clients)))]
-        commit = {"type": "commit", "request_id": client.request.request_id, "epoch": client.epoch - age}
+        commit: Message = {"type": "commit", "request_id": client.request.request_id, "epoch": client.epoch - age}
         with pytest.raises(TransferFailed):
             self.workers[which].inbox.handle({**commit, "num_pieces": 0, "output": [1]}, lambda reply: None)
 
@@ -236,7 +235,7 @@ class HistoryMachine(RuleBasedStateMachine):
     def stray_claim_arrives(self, data: st.DataObject, age: int, which: int) -> None:
         """Of a vision replica, or of a prefill replica that was given up."""
         client = self.clients[data.draw(st.sampled_from(sorted(self.clients)))]
-        claim = {"type": "claim", "request_id": client.request.request_id, "epoch": client.epoch - age}
+        claim: Message = {"type": "claim", "request_id": client.request.request_id, "epoch": client.epoch - age}
         if age or client.path[1] != which:  # else it would take the answer that the prefill waits for
             try:
                 self.workers[which].inbox.handle(claim, lambda reply: None)

@@ -6,11 +6,13 @@ over everything that the sequence's block table names. One block that is wrong, 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +26,8 @@ from ernie_cluster.errors import ErnieClusterError, ReplicaLost, TransferFailed
 from ernie_cluster.model.decoder import no_hook
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.request import GenerationRequest, MediaInput
-from ernie_cluster.transport.base import Message, Pack, PieceHeader, Sink
-from tests.tiny import Outcomes, tiny_config
+from ernie_cluster.transport.base import Message, Pack, PieceHeader, Reply, Sink
+from tests.tiny import Outcomes, make_image, tiny_config
 
 NUM_LAYERS = 2
 _VOCAB = 500
@@ -47,7 +49,7 @@ class ToyRunner:
     def run(
         self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook
     ) -> list[int]:
-        assert len(step.slots_T.unique()) == step.num_tokens, "two tokens in one slot"
+        assert len(set(step.slots_T.tolist())) == step.num_tokens, "two tokens in one slot"
         assert step.slots_T.min() >= self.kv.block_size, "block 0 is written"
         ids = step.token_ids_T.clone()
         if step.media_embeds is not None:
@@ -84,6 +86,10 @@ def answer(request: GenerationRequest) -> list[int]:
         out.append(int(_mix((value.sum() * factor)[None])[0]) % _VOCAB)
         ids[end] = out[-1]
     return out
+
+
+picture = functools.cache(make_image)
+"""Pictures take a while to draw."""
 
 
 def embed(media: MediaInput) -> torch.Tensor:
@@ -133,7 +139,7 @@ class _Job:
     header: PieceHeader | None
     pack: Pack | None
     message: Message
-    future: Future[None] | Future[Message]
+    future: Future[Any]
 
 
 class ManualChannel:
@@ -202,6 +208,42 @@ class ManualChannel:
         return payload
 
 
-def _resolve(future: Future[object], value: object) -> None:
+def _resolve(future: Future[Any], value: object) -> None:
     if not future.done():
         future.set_result(value)
+
+
+class Elsewhere:
+    """A decode replica's sink: room for everything, until the test answers."""
+
+    def __init__(self) -> None:
+        self.commits: dict[str, Reply] = {}
+
+    def accept(self, header: PieceHeader, payload: object) -> None:
+        """Everything is welcome."""
+
+    def handle(self, message: Message, reply: Reply) -> None:
+        if message["type"] == "claim":
+            reply({"cached_blocks": 0})
+        else:
+            self.commits[str(message["request_id"])] = reply
+
+    def disconnected(self, peer: str) -> None:
+        raise AssertionError("nobody closes")
+
+
+def give_pictures(worker: Worker, request: GenerationRequest) -> None:
+    """The pictures that a request waits for arrive, if it is here still."""
+    sequence = worker.engine.sequences.get(request.request_id)
+    for index in sorted(sequence.awaited_media if sequence is not None else ()):
+        for piece in picture_pieces(request, index, 0, 1):
+            worker.inbox.accept(*piece)
+
+
+def steps_until_idle(worker: Worker, bound: int) -> int:
+    """Step while there is something to run; the number of steps."""
+    for count in range(bound):
+        if not worker.engine.step():
+            return count
+        worker.check()
+    raise AssertionError(f"still running after {bound} steps")
