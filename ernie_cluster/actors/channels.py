@@ -94,6 +94,11 @@ class Channels:
                 self._open[peer] = _Watched(self._make(choice, peer))
             return self._open[peer]
 
+    async def reach(self, peer: Endpoint) -> Channel:
+        """`to`, on an event loop: at once when the channel is there, else connecting in a thread."""
+        known = self._open.get(peer)
+        return known if known is not None and not known.is_lost else await asyncio.to_thread(self.to, peer)
+
     def close(self) -> None:
         with self._lock:
             for channel in self._open.values():

@@ -184,9 +184,9 @@ class ClusterBackend:
         destination = route.decode.endpoint if route.decode else None
         prefill = self._links[route.prefill.replica_id].actor
         calls = [(route.prefill, partial(prefill.open_prefill.remote, me, plain, epoch, destination))]
-        if route.decode is not None:
+        if route.decode is not None:  # first, for prefill waits for its lease
             decode = self._links[route.decode.replica_id].actor
-            calls.append((route.decode, partial(decode.open_decode.remote, me, plain, epoch)))
+            calls.insert(0, (route.decode, partial(decode.open_decode.remote, me, plain, epoch)))
         if route.encoder is not None:
             encoder = self._links[route.encoder.replica_id].actor
             task = EncodeTask(request.request_id, epoch, request.media, route.prefill.endpoint)

@@ -64,7 +64,7 @@ class EngineRank:
         """See `Worker.open_prefill`; outcomes go to `client_id`."""
         self._events().open(client_id, request.request_id)
         try:
-            channel = None if destination is None else await asyncio.to_thread(self._channels.to, destination)
+            channel = None if destination is None else await self._channels.reach(destination)
             if self._events().is_open(request.request_id):  # not aborted while the channel was made
                 self._worker.open_prefill(request, epoch, channel)
         except BaseException:
