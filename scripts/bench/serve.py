@@ -1,17 +1,17 @@
 """What the way through Serve costs: time to first token, and tokens per second over many streams.
 
-    python scripts/bench/serve.py [ttft] [hand-over] [streams]      all three without arguments
+    python scripts/bench/serve.py [ttft] [streams]      both without arguments
 
-ttft       a text prompt at concurrency 1, through HTTP and three pools and through one mixed replica, beside the same
-           prompt on the engine alone in this process; the parts from the request's own timeline
-hand-over  a 512-token prompt through prefill and decode replicas and through a mixed one, both with the tiny model
-streams    32 SSE streams through the proxy with an engine that does nothing
+ttft     a text prompt at concurrency 1, through HTTP and three pools and through one mixed replica, beside the same
+         prompt on the engine alone in this process; the parts from the request's own timeline
+streams  32 SSE streams through the proxy with an engine that does nothing
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import socket
 import statistics
@@ -89,8 +89,6 @@ def ask(
         "model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True,
         "ignore_eos": True, "include_timeline": True,
     }  # fmt: skip
-    import json
-
     start, first, timeline = time.perf_counter(), 0.0, []
     with client.stream("POST", f"{url}/completions", json=body) as response:
         response.raise_for_status()
@@ -153,22 +151,6 @@ def _timed(work: Any) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def measure_hand_over(folder: str, num_tokens: int = 512) -> None:
-    """Time to the second token: the first does not wait for the hand-over."""
-    print(f"\nA {num_tokens}-token prompt and two tokens, tiny model, median of {REPEATS}")
-    results = {}
-    for name in ("tiny-mixed", "tiny"):
-        with running(PRESETS[name](folder)) as url, httpx.Client(timeout=30) as client:
-            for i in range(20):
-                ask(client, url, prompt_of(num_tokens, 2000 + i), 2)
-            runs = [ask(client, url, prompt_of(num_tokens, i), 2) for i in range(REPEATS)]
-        results[name] = statistics.median(r[1] for r in runs)
-        took = [s["duration_s"] for r in runs for s in r[2] if s["name"] == "transfer"]
-        extra = f", transfer span {statistics.median(took) * 1e3:.2f} ms" if took else ""
-        print(f"  {name:<12} whole answer {results[name] * 1e3:7.2f} ms{extra}")
-    print(f"  the hand-over adds {(results['tiny'] - results['tiny-mixed']) * 1e3:.2f} ms")
 
 
 @ray.remote(num_cpus=0)
@@ -243,10 +225,10 @@ def measure_streams(folder: str, num_streams: int = 32, max_tokens: int = 600) -
 
 
 def main() -> None:
-    what = sys.argv[1:] or ["ttft", "hand-over", "streams"]
+    what = sys.argv[1:] or ["ttft", "streams"]
     with tempfile.TemporaryDirectory() as tmp:
         folder = str(write_tiny_checkpoint(Path(tmp) / "tiny"))
-        for name, measure in (("ttft", measure_ttft), ("hand-over", measure_hand_over), ("streams", measure_streams)):
+        for name, measure in (("ttft", measure_ttft), ("streams", measure_streams)):
             if name in what:
                 measure(folder)
 
