@@ -69,10 +69,10 @@ class Encoder:
             ConfigError: a GPU is wanted and there is none; CheckpointError: the checkpoint cannot be used.
         """
         deployment = config.model(model)
-        process.set_threads(deployment.engine.num_threads or max(1, int(num_cpus)))
+        process.set_threads(deployment.engine.threads(num_cpus))
         device = process.choose_device(deployment.engine.device)
         shape = ModelConfig.from_folder(deployment.path)
-        dtype = torch_dtype(shape.dtype if deployment.engine.dtype == "auto" else deployment.engine.dtype)
+        dtype = torch_dtype(deployment.engine.dtype_of(shape.dtype))
         encoder = build_vision(shape, dtype=dtype, device=device)
         checkpoint = Checkpoint(deployment.path)
         load_vision(encoder, shape, checkpoint)

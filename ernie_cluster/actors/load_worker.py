@@ -29,10 +29,10 @@ def load_worker(
     """
     deployment = config.model(model)
     settings = deployment.engine
-    process.set_threads(settings.num_threads or max(1, int(num_cpus)))
+    process.set_threads(settings.threads(num_cpus))
     device = process.choose_device(settings.device)
     shape = ModelConfig.from_folder(deployment.path)
-    dtype = shape.dtype if settings.dtype == "auto" else settings.dtype
+    dtype = settings.dtype_of(shape.dtype)
     layout = KVLayout.from_model(shape, settings.block_size, dtype)
     num_blocks = settings.kv_cache_bytes // layout.block_bytes
     if num_blocks < 2:

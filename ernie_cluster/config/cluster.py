@@ -69,6 +69,14 @@ class EngineConfig:
     max_model_len: int | None = None
     """Most tokens of one sequence, prompt and output together, at least 2; None = the model's own bound."""
 
+    def threads(self, num_cpus: float) -> int:
+        """CPU threads of a rank that was given `num_cpus` cores."""
+        return self.num_threads or max(1, int(num_cpus))
+
+    def dtype_of(self, checkpoint_dtype: str) -> str:
+        """Type of weights and KV for a checkpoint stored as `checkpoint_dtype`."""
+        return checkpoint_dtype if self.dtype == "auto" else self.dtype
+
     def __post_init__(self) -> None:
         _check_range(self, 1, "block_size", "kv_cache_bytes", "max_batch_tokens", "max_num_seqs")
         _check_range(self, 0, "num_threads")

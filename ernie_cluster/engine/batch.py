@@ -60,13 +60,11 @@ class BatchBuilder:
         logits_rows: list[int] = []
         media_rows: list[int] = []
         embeds: list[torch.Tensor] = []
-        is_prompt: list[bool] = []
         for sequence, start, end in parts:
             first_row = len(ids)
             ids.extend(sequence.tokens[start:end])
             if end == len(sequence.tokens):
                 logits_rows.append(len(ids) - 1)
-            is_prompt.extend(i < sequence.num_prompt for i in range(start, end))
             if sequence.request.media:
                 rows, tensors = sequence.media_slice(start, end)
                 media_rows.extend(first_row + row - start for row in rows)
@@ -74,9 +72,10 @@ class BatchBuilder:
         token_ids = np.array(ids, dtype=np.int64)
         # a generated token is text, whatever its id
         has_media = any(s.request.media for s, _ in schedule.chunks) and len(self._vision_ids) > 0
-        is_vision = (
-            np.isin(token_ids, self._vision_ids) & np.array(is_prompt) if has_media else np.zeros(len(ids), bool)
-        )
+        is_vision = np.zeros(len(ids), bool)
+        if has_media:
+            is_prompt = np.concatenate([np.arange(a, b) < s.num_prompt for s, a, b in parts])
+            is_vision = np.isin(token_ids, self._vision_ids) & is_prompt
         widest = max(len(s.blocks) for s, _, _ in parts)
         tables = np.zeros((len(parts), widest), dtype=np.int32)
         for i, (sequence, _, _) in enumerate(parts):
@@ -88,7 +87,6 @@ class BatchBuilder:
             positions_3T=self._tensor(np.concatenate([positions_of(*p) for p in parts], 1)),
             slots_T=self._tensor(np.concatenate([slots(s.blocks, a, b, block_size) for s, a, b in parts])),
             is_vision_T=self._tensor(is_vision),
-            has_vision=has_media,
             block_tables_BM=self._tensor(tables),
             seq_lens_B=self._tensor(np.array(context_lens, dtype=np.int32)),
             query_lens=tuple(b - a for _, a, b in parts),

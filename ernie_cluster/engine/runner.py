@@ -9,7 +9,7 @@ import torch
 
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.sampler import SamplerRow, sample
-from ernie_cluster.model.build import Role, build_decoder, torch_dtype
+from ernie_cluster.model.build import Role, build_decoder, has_vision_experts, torch_dtype
 from ernie_cluster.model.decoder import Decoder, no_hook
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.model.weights import Checkpoint, load_decoder, no_progress
@@ -38,8 +38,8 @@ class Runner:
         """Weights of a checkpoint folder and an empty cache; raises CheckpointError."""
         decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device)
         checkpoint = Checkpoint(folder)
-        has_vision_experts = role != "decode" and config.is_multimodal
-        load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision_experts, progress=progress)
+        has_vision = has_vision_experts(config, role)
+        load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
         checkpoint.close()
         return cls.around(decoder, num_blocks=num_blocks, block_size=block_size)
 

@@ -168,7 +168,3 @@ class Scheduler:
         for i in range(sequence.num_published, done):
             self.pool.publish(sequence.blocks[i], sequence.hashes[i])
         sequence.num_published = max(sequence.num_published, done)
-
-    def check(self) -> bool:
-        """Pool invariants, and that every used block belongs to somebody we know or somebody's lease."""
-        return self.pool.check()

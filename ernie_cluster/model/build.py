@@ -51,12 +51,16 @@ def choose_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
     return ops
 
 
+def has_vision_experts(config: ModelConfig, role: Role) -> bool:
+    """Whether a replica of this role meets tokens of pictures."""
+    return role != "decode" and config.is_multimodal
+
+
 def build_decoder(config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device) -> Decoder:
     """An unfilled decoder with the parts of `role`."""
-    has_vision_experts = role != "decode" and config.is_multimodal
     with torch.device(device):
         ops = choose_ops(config, dtype, device)
-        return Decoder(config.text, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops)
+        return Decoder(config.text, has_vision_experts=has_vision_experts(config, role), dtype=dtype, ops=ops)
 
 
 def build_vision(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> VisionEncoder:

@@ -24,8 +24,6 @@ class StepInput:
     """int64 [T]: where each token's K and V go, block_id * block_size + offset."""
     is_vision_T: Tensor
     """bool [T]: tokens of the vision expert pool."""
-    has_vision: bool
-    """Whether any token may be of the vision pool; known from the requests, not from the device."""
     block_tables_BM: Tensor
     """int32 [B, M], padded with block 0."""
     seq_lens_B: Tensor

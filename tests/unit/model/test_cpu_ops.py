@@ -89,7 +89,6 @@ def test_rope_and_attention(compiled: TorchOps, lens: list[int]) -> None:
         positions_3T=torch.zeros(3, batch, dtype=torch.long),
         slots_T=slots,
         is_vision_T=torch.zeros(batch, dtype=torch.bool),
-        has_vision=False,
         block_tables_BM=tables,
         seq_lens_B=torch.tensor(lens, dtype=torch.int32),
         query_lens=(1,) * batch,
