@@ -139,7 +139,10 @@ class ByteDetokenizer:
 
 
 class FakeProcessor:
-    """A `Processor` whose tokens are bytes and whose template is `<role>text` per message. A picture is one byte."""
+    """A `Processor` whose tokens are bytes and whose template is `<role>text` per message. A picture is one byte.
+
+    With `enable_thinking` the prompt ends in `<think>`.
+    """
 
     eos_token_ids = (EOS,)
     vocab_size = EOS + 1
@@ -162,6 +165,7 @@ class FakeProcessor:
     ) -> GenerationRequest:
         self.calls.append({"messages": messages, "enable_thinking": enable_thinking, "tools": tools})
         prompt = "".join(f"<{m['role']}>{_text(m.get('content'))}" for m in messages)
+        prompt += "<think>" if enable_thinking else ""
         return self._request(list(bytes_of(prompt)), "messages", request_id, sampling, timeout_s)
 
     def completion(
@@ -187,6 +191,9 @@ class FakeProcessor:
             eos_token_ids=self.eos_token_ids,
             timeout_s=timeout_s,
         )
+
+    def opens_reasoning(self, request: GenerationRequest) -> bool:
+        return bytes(request.prompt_token_ids[-7:].tolist()) == b"<think>"
 
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()

@@ -12,9 +12,11 @@ from ernie_cluster.actors import process
 from ernie_cluster.actors.cluster_backend import ClusterBackend
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.limits import ApiLimits
-from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.cluster import ApiConfig, ClusterConfig
 from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.inputs.images import ImageLimits
+from ernie_cluster.inputs.messages import PromptLimits
+from ernie_cluster.inputs.video import VideoLimits
 from ernie_cluster.observe.log import setup_logging
 from ernie_cluster.observe.metrics import PrometheusMetrics
 
@@ -38,8 +40,7 @@ def make_processor(config: ClusterConfig, model: str) -> ChatProcessor:
         deployment.path,
         served_name=model,
         max_model_len=deployment.engine.max_model_len,
-        image_limits=ImageLimits(max_bytes=api.max_image_bytes, max_pixels=api.max_image_pixels),
-        max_images=api.max_images if deployment.has_vision_pool else 0,
+        limits=prompt_limits(api, can_see=deployment.has_vision_pool),
     )
     pixels = dataclasses.replace(
         processor.pixels,
@@ -47,6 +48,16 @@ def make_processor(config: ClusterConfig, model: str) -> ChatProcessor:
         max_pixels=deployment.image_max_pixels or processor.pixels.max_pixels,
     )
     return dataclasses.replace(processor, pixels=pixels)
+
+
+def prompt_limits(api: ApiConfig, *, can_see: bool) -> PromptLimits:
+    """What one request may hold; without a vision pool no pictures and no videos."""
+    return PromptLimits(
+        image=ImageLimits(max_bytes=api.max_image_bytes, max_pixels=api.max_image_pixels),
+        max_images=api.max_images if can_see else 0,
+        video=VideoLimits(max_bytes=api.max_video_bytes, max_frames=api.max_video_frames),
+        max_videos=api.max_videos if can_see else 0,
+    )
 
 
 def api_limits(config: ClusterConfig) -> ApiLimits:

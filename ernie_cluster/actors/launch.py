@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
 from ernie_cluster.actors.app import APP_NAME, build_app
+from ernie_cluster.actors.environment import local_cluster
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.actors.router import find_router, router_name
 from ernie_cluster.config.cluster import ClusterConfig
@@ -28,15 +29,6 @@ Report = Callable[[str], None]
 
 _POLL_S = 0.2
 _ROUTE_TIMEOUT_S = 5.0
-
-# RAY_AUTH_MODE is left alone: Ray's own default, a token, keeps strangers from a replica's inner ports
-_ENVIRONMENT = {
-    "RAY_worker_niceness": "0",  # Ray runs actors at nice 15: on a busy laptop decode would starve
-    # one loop per Serve process, without hops between threads: 2 ms less per request; nothing of ours blocks it
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a replica without GPUs keeps its environment
-}
 
 
 def check(config: ClusterConfig) -> None:
@@ -59,8 +51,6 @@ def start_ray(config: ClusterConfig, address: str | None, report: Report) -> Non
     Raises:
         ConfigError: no cluster there; or Ray could not start here, twice.
     """
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it would report every call of ours on the terminal
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
     if address is not None:
@@ -78,7 +68,8 @@ def start_ray(config: ClusterConfig, address: str | None, report: Report) -> Non
     report("starting Ray on this machine")
     for attempt in (1, 2):
         try:
-            ray.init("local", num_cpus=max(wanted, cores), include_dashboard=False, **quiet)
+            with local_cluster():
+                ray.init("local", num_cpus=max(wanted, cores), include_dashboard=False, **quiet)
             return
         except Exception as e:
             ray.shutdown()

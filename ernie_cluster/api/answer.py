@@ -1,4 +1,4 @@
-"""The choices of one client request while they run: tokens in, merged pieces of text out.
+"""The choices of one client request while they run: tokens in, merged pieces of the answer out.
 
 Knows neither OpenAI's objects nor HTTP.
 """
@@ -13,11 +13,15 @@ from types import TracebackType
 from typing import Self, cast
 
 from ernie_cluster.api.backend import Backend
+from ernie_cluster.api.markup import AnswerParser, Pieces
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.processor import Detokenizer, Processor
 from ernie_cluster.api.stops import StopStringFilter
 from ernie_cluster.errors import Aborted, ReplicaError
 from ernie_cluster.request import FinishReason, GenerationRequest, Span, TokenEvent
+
+TOOL_CALLS = "tool_calls"
+"""OpenAI's finish reason of an answer that stops after it has called tools; engines know no tools."""
 
 
 @dataclass(slots=True)
@@ -26,27 +30,30 @@ class Delta:
 
     index: int
     """Of the choice."""
-    text: str = ""
+    pieces: Pieces
     num_tokens: int = 0
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
+    """A `FinishReason` or `TOOL_CALLS`."""
 
     def add(self, later: Delta) -> None:
-        self.text += later.text
+        self.pieces.add(later.pieces)
         self.num_tokens += later.num_tokens
         self.finish_reason = later.finish_reason
 
 
 @dataclass(slots=True)
 class ChoiceText:
-    """Text of one choice. Takes its token events in order; holds back halves of characters and of stop strings."""
+    """Text of one choice. Takes its token events in order; holds back halves of characters, marks and stop strings."""
 
     index: int
     request: GenerationRequest
     detokenizer: Detokenizer
-    stops: StopStringFilter
+    parser: AnswerParser
     num_tokens: int = 0
+    num_reasoning_tokens: int = 0
     num_cached_tokens: int = 0
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
+    """See `Delta`."""
     spans: list[Span] = field(default_factory=list)
 
     def push(self, event: TokenEvent) -> Delta:
@@ -60,21 +67,29 @@ class ChoiceText:
             raise ReplicaError(f"token {event.index} of the answer came where token {self.num_tokens} was due")
         if event.finish_reason is FinishReason.ABORT:
             raise Aborted("the request was aborted before it was finished")
-        min_tokens = self.request.sampling.min_tokens
+        pieces = Pieces()
         ids = event.token_ids[: -1 if self._ends_with_stop_token(event) else None]
-        unsearched = ids[: max(0, min_tokens - self.num_tokens)]  # no stop string may end the answer before min_tokens
-        text = self.detokenizer.push(unsearched) if unsearched else ""
-        text += self.stops.push(self.detokenizer.push(ids[len(unsearched) :]))
+        for position, token_id in enumerate(ids, start=event.index):
+            pieces.add(self._push(position, token_id))
         self.num_tokens += len(event.token_ids)
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
         self.spans += event.spans
         self.finish_reason = event.finish_reason
         if event.finish_reason is not None:
-            text += self.stops.push(self.detokenizer.flush())
-            text += self.stops.flush()
-        if self.stops.matched is not None:
-            self.finish_reason = FinishReason.STOP
-        return Delta(self.index, text, len(event.token_ids), self.finish_reason)
+            pieces.add(self.parser.push(self.detokenizer.flush()))
+        if event.finish_reason is not None or self.parser.is_stopped:
+            pieces.add(self.parser.flush())
+        if self.parser.is_stopped or event.finish_reason is FinishReason.STOP:
+            self.finish_reason = TOOL_CALLS if self.parser.has_calls else FinishReason.STOP
+        return Delta(self.index, pieces, len(event.token_ids), self.finish_reason)
+
+    def _push(self, position: int, token_id: int) -> Pieces:
+        was_reasoning = self.parser.is_reasoning
+        # no stop string may end the answer before min_tokens
+        is_searched = position >= self.request.sampling.min_tokens
+        pieces = self.parser.push(self.detokenizer.push((token_id,)), is_searched=is_searched)
+        self.num_reasoning_tokens += was_reasoning or self.parser.is_reasoning
+        return pieces
 
     def _ends_with_stop_token(self, event: TokenEvent) -> bool:
         stop_tokens = self.request.eos_token_ids + self.request.sampling.stop_token_ids
@@ -97,7 +112,7 @@ class Answer:
         self._backend = backend
         self._num_answers = job.num_answers
         self.choices: Sequence[ChoiceText] = [
-            ChoiceText(i, request, processor.detokenizer(), StopStringFilter(job.stop))
+            ChoiceText(i, request, processor.detokenizer(), AnswerParser(job.markup, StopStringFilter(job.stop)))
             for i, request in enumerate(job.requests)
         ]
         self._pending: dict[int, Delta] = {}
@@ -121,6 +136,11 @@ class Answer:
     def num_tokens(self) -> int:
         """Output tokens of all choices."""
         return sum(c.num_tokens for c in self.choices)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Those of the output tokens that are reasoning, its end mark included."""
+        return sum(c.num_reasoning_tokens for c in self.choices)
 
     @property
     def num_cached_tokens(self) -> int:

@@ -11,10 +11,11 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -39,6 +40,8 @@ from ernie_cluster.errors import Aborted, DeadlineExceeded, ErnieClusterError, U
 from ernie_cluster.observe.metrics import Metrics
 from ernie_cluster.request import Span
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 2.0
@@ -46,6 +49,10 @@ STATUS_TIMEOUT_S = 2.0
 
 LAST_WORD_TIMEOUT_S = 5.0
 """For the error event that ends a stream."""
+
+INLINE_BYTES = 4096
+"""A body up to this, without media, is read and prepared on the event loop: two hops to a thread cost 1.5 ms there
+and back, the work itself under one."""
 
 
 def create_app(backend: Backend, processors: Mapping[str, Processor], limits: ApiLimits, metrics: Metrics) -> FastAPI:
@@ -124,6 +131,10 @@ class Service:
             raise UnknownModel(f"model {name[:100]!r} is not served here; served: {', '.join(self.processors)}")
         return self.processors[name]
 
+    async def run(self, work: Callable[[], T], is_small: bool) -> T:
+        """Result of `work`, done here when it is small, else in a thread; raises as `Workers.run` does."""
+        return work() if is_small else await self.workers.run(work)
+
     def card(self, processor: Processor) -> dict[str, object]:
         return model_card(processor.served_name, self._created, processor.max_model_len)
 
@@ -174,12 +185,13 @@ class Exchange(Response):
     async def _answer(self, raw: bytes, wire: Wire, meter: Meter) -> None:
         service = self._service
         start_s = time.time()
-        body = await service.workers.run(partial(self._parse, raw))
+        is_small = len(raw) <= INLINE_BYTES and b"data:" not in raw
+        body = await service.run(partial(self._parse, raw), is_small)
         del raw
         processor = service.processor(body.model)
         meter.accept(body.model)
         heading = Heading(self._form.id_prefix + uuid.uuid4().hex, int(start_s), body.model)
-        job = await service.workers.run(partial(self._prepare, body, processor, heading, meter))
+        job = await service.run(partial(self._prepare, body, processor, heading, meter), is_small)
         del body
         meter.prepared(job.num_prompt_tokens)
         own_spans = [Span("preprocess", start_s, time.time() - start_s)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_cluster.api.answer import ChoiceText, Delta
+from ernie_cluster.api.markup import CallPiece, Pieces
 from ernie_cluster.api.schemas import ChatBody, CompletionBody, GenerationBody
 from ernie_cluster.request import Span
 
@@ -30,15 +31,33 @@ class ChatForm:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole_choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+    def whole_choice(self, heading: Heading, index: int, pieces: Pieces, finish_reason: str) -> dict[str, Any]:
+        content = pieces.content or (None if pieces.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if pieces.reasoning:
+            message["reasoning_content"] = pieces.reasoning
+        if pieces.calls:
+            message["tool_calls"] = [_call(heading, index, call) for call in pieces.calls]
         return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
 
-    def chunk_choice(self, delta: Delta, *, is_first: bool) -> dict[str, Any]:
-        content = {"role": "assistant"} if is_first else {}
-        if delta.text or is_first:
-            content["content"] = delta.text
-        return {"index": delta.index, "delta": content, "logprobs": None, "finish_reason": delta.finish_reason}
+    def chunk_choice(self, heading: Heading, delta: Delta, *, is_first: bool) -> dict[str, Any]:
+        pieces = delta.pieces
+        news: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        if pieces.content or is_first:
+            news["content"] = pieces.content
+        if pieces.reasoning:
+            news["reasoning_content"] = pieces.reasoning
+        if pieces.calls:
+            news["tool_calls"] = [{"index": c.index, **_call(heading, delta.index, c)} for c in pieces.calls]
+        return {"index": delta.index, "delta": news, "logprobs": None, "finish_reason": delta.finish_reason}
+
+
+def _call(heading: Heading, choice: int, call: CallPiece) -> dict[str, Any]:
+    """A call, or the next piece of one; what names it comes with the first piece only."""
+    if call.name is None:
+        return {"function": {"arguments": call.arguments}}
+    call_id = f"call_{heading.response_id.removeprefix(CHAT.id_prefix)}_{choice}_{call.index}"
+    return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 class CompletionForm:
@@ -49,11 +68,11 @@ class CompletionForm:
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def whole_choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def whole_choice(self, heading: Heading, index: int, pieces: Pieces, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": pieces.content, "logprobs": None, "finish_reason": finish_reason}
 
-    def chunk_choice(self, delta: Delta, *, is_first: bool) -> dict[str, Any]:
-        return self.whole_choice(delta.index, delta.text, delta.finish_reason)
+    def chunk_choice(self, heading: Heading, delta: Delta, *, is_first: bool) -> dict[str, Any]:
+        return self.whole_choice(heading, delta.index, delta.pieces, delta.finish_reason)
 
 
 Form = ChatForm | CompletionForm
@@ -64,7 +83,7 @@ COMPLETION = CompletionForm()
 def whole(
     form: Form,
     heading: Heading,
-    texts: Sequence[str],
+    answers: Sequence[Pieces],
     choices: Sequence[ChoiceText],
     usage: dict[str, Any],
     timeline: list[dict[str, Any]] | None,
@@ -72,7 +91,8 @@ def whole(
     """An answer in one piece."""
     body = _object(form.whole_object, heading) | {
         "choices": [
-            form.whole_choice(c.index, text, str(c.finish_reason)) for c, text in zip(choices, texts, strict=True)
+            form.whole_choice(heading, choice.index, pieces, str(choice.finish_reason))
+            for choice, pieces in zip(choices, answers, strict=True)
         ],
         "usage": usage,
     }
@@ -81,7 +101,7 @@ def whole(
 
 def chunk(form: Form, heading: Heading, delta: Delta, *, is_first: bool) -> dict[str, Any]:
     """One piece of a streamed answer; `is_first` of its choice."""
-    return _object(form.chunk_object, heading) | {"choices": [form.chunk_choice(delta, is_first=is_first)]}
+    return _object(form.chunk_object, heading) | {"choices": [form.chunk_choice(heading, delta, is_first=is_first)]}
 
 
 def trailer(
@@ -93,13 +113,16 @@ def trailer(
     return body | {name: value for name, value in extra.items() if value is not None}
 
 
-def usage_of(num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
+def usage_of(
+    num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int, num_reasoning_tokens: int
+) -> dict[str, Any]:
     """Token counts."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": num_reasoning_tokens},
     }
 
 

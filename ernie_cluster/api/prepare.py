@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ernie_cluster.api.limits import ApiLimits
+from ernie_cluster.api.markup import Markup
 from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.schemas import ChatBody, CompletionBody, GenerationBody, prompts_of
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
@@ -23,6 +24,7 @@ class Job:
     num_answers: int
     """Choices per prompt."""
     stop: tuple[str, ...]
+    markup: Markup
     is_stream: bool
     has_usage: bool
     """A stream tells its usage at the end; an answer in one piece always does."""
@@ -67,6 +69,7 @@ def prepare(
         requests=tuple(requests),
         num_answers=num_answers,
         stop=tuple(body.stop),
+        markup=_markup(body, processor, requests[0]),
         is_stream=bool(body.stream),
         has_usage=body.stream_options is not None and body.stream_options.include_usage,
         has_timeline=bool(body.include_timeline),
@@ -107,14 +110,12 @@ def _prompts(
     timeout_s: float,
 ) -> Iterator[GenerationRequest]:
     if isinstance(body, ChatBody):
-        options = body.chat_template_kwargs
-        tools = body.tools if body.tools and body.tool_choice != "none" else []
         yield processor.chat(
             [m.model_dump(exclude_none=True) for m in body.messages],
             request_id=response_id,
             sampling=sampling,
-            enable_thinking=None if options is None else options.enable_thinking,
-            tools=[t.model_dump(exclude_none=True) for t in tools] or None,
+            enable_thinking=body.thinking,
+            tools=[t.model_dump(exclude_none=True) for t in body.offered_tools] or None,
             timeout_s=timeout_s,
         )
         return
@@ -123,6 +124,12 @@ def _prompts(
     _check_at_most(len(prompts), limits.max_prompts, "prompt", "prompts")
     for prompt in prompts:
         yield processor.completion(prompt, request_id=response_id, sampling=sampling, timeout_s=timeout_s)
+
+
+def _markup(body: GenerationBody, processor: Processor, request: GenerationRequest) -> Markup:
+    if not isinstance(body, ChatBody):
+        return Markup()
+    return Markup("open" if processor.opens_reasoning(request) else "maybe", has_tools=bool(body.offered_tools))
 
 
 def _fit(

@@ -59,7 +59,7 @@ class Processor(Protocol):
         """Apply the chat template.
 
         Args:
-            messages: OpenAI's form; content is a string, None, or parts of type `text` and `image_url`.
+            messages: OpenAI's form; content is a string, None, or parts of type `text`, `image_url` and `video_url`.
             request_id: unique among all requests.
             sampling: carried over; its `max_tokens` is 1, the caller settles it when the prompt's length is known.
             enable_thinking: True or False where the model can think aloud or not; None leaves it to the template.
@@ -75,6 +75,10 @@ class Processor(Protocol):
         self, prompt: str | list[int], *, request_id: str, sampling: SamplingParams, timeout_s: float
     ) -> GenerationRequest:
         """Take a prompt as it is, text or token ids; errors as in `chat`, and InvalidRequest for a foreign token id."""
+        ...
+
+    def opens_reasoning(self, request: GenerationRequest) -> bool:
+        """Whether the prompt ends where the model's reasoning begins, so that the answer goes on inside it."""
         ...
 
     def detokenizer(self) -> Detokenizer:

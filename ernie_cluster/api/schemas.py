@@ -90,6 +90,23 @@ class ImageUrl(_Strict):
     url: Annotated[str, Field(pattern=r"^data:")]
 
 
+class VideoUrl(_Strict):
+    """A file, or frames separated by commas, inside its URL; what else is given chooses the frames the model sees.
+
+    Bounds depend on the model and are checked where the frames are chosen.
+    """
+
+    url: Annotated[str, Field(pattern=r"^data:")]
+    fps: float | None = None
+    """Frames per second that the model is to see."""
+    min_frames: int | None = None
+    """Frames that it is to see of a short video."""
+    max_frames: int | None = None
+    """Frames that it is to see of a long video."""
+    source_fps: float | None = None
+    """Rate at which the frames of a list were taken; files have times of their own."""
+
+
 class TextPart(_Strict):
     """Words."""
 
@@ -104,6 +121,13 @@ class ImagePart(_Strict):
     image_url: ImageUrl
 
 
+class VideoPart(_Strict):
+    """A video."""
+
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
 def _part_tag(part: Any) -> str:
     return f"<{part.get('type') if isinstance(part, dict) else None}>"
 
@@ -113,11 +137,13 @@ def _content_tag(content: Any) -> str:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[VideoPart, Tag("<video_url>")],
     Discriminator(
         _part_tag,
         custom_error_type="part_type",
-        custom_error_message="a part must be an object whose type is text or image_url",
+        custom_error_message="a part must be an object whose type is text, image_url or video_url",
     ),
 ]
 Content = Annotated[
@@ -162,8 +188,11 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    """What the assistant thought in that turn; whether the model sees it again is up to its template."""
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
+    """Which call a tool's message answers."""
 
 
 class ChatBody(GenerationBody):
@@ -173,6 +202,23 @@ class ChatBody(GenerationBody):
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    """OpenAI's; these models know no degrees, only with and without."""
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model is to think; None leaves it to the template. Of several fields the most literal counts."""
+        if self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking is not None:
+            return self.chat_template_kwargs.enable_thinking
+        if self.enable_thinking is not None:
+            return self.enable_thinking
+        return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Those that the model is told of and may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
 
 class CompletionBody(GenerationBody):
@@ -190,6 +236,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "logprobs": (None, False),
     "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True),
     "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
     "top_logprobs": (None, 0),
@@ -207,6 +254,10 @@ def parse_body(kind: type[B], raw: dict[str, Any]) -> B:
         value = raw.get(name)
         if not any(type(value) is type(h) and value == h for h in harmless):
             raise InvalidRequest(f"{name} is not supported here; leave it out", name, "unsupported_parameter")
+    if kind is ChatBody and raw.get("tool_choice") not in (None, "none", "auto"):
+        raise InvalidRequest(
+            "tool_choice can be auto or none here: a model cannot be made to call a tool yet", "tool_choice"
+        )
     try:
         body = kind.model_validate(raw)
     except ValidationError as e:
@@ -218,6 +269,7 @@ def parse_body(kind: type[B], raw: dict[str, Any]) -> B:
         raise InvalidRequest("stream_options is only for stream: true", "stream_options")
     if isinstance(body, ChatBody):
         _check_contents(body.messages)
+        _check_tool_answers(body.messages)
     return body
 
 
@@ -247,6 +299,21 @@ def _check_contents(messages: Sequence[Message]) -> None:
     for i, message in enumerate(messages):
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
             raise InvalidRequest(f"messages[{i}].content is missing", f"messages[{i}].content")
+
+
+def _check_tool_answers(messages: Sequence[Message]) -> None:
+    """A tool's message must name a call that an assistant's message before it made."""
+    call_ids: set[str | None] = set()
+    for i, message in enumerate(messages):
+        if message.role == "assistant":
+            call_ids.update(call.id for call in message.tool_calls or () if call.id is not None)
+        elif message.role == "tool" and message.tool_call_id not in call_ids:
+            param = f"messages[{i}].tool_call_id"
+            raise InvalidRequest(
+                f"{param}: {_short(message.tool_call_id)} answers no call; give the id of one of tool_calls in an "
+                "assistant message before it",
+                param,
+            )
 
 
 def _param(loc: Sequence[int | str]) -> str:

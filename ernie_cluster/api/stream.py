@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_cluster.api.answer import Answer, Delta
+from ernie_cluster.api.markup import Pieces
 from ernie_cluster.api.openai import DONE, Form, Heading, chunk, encode, sse, timeline_of, trailer, usage_of, whole
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.traffic import Meter
@@ -42,7 +43,9 @@ class Presentation:
 
     def usage(self, answer: Answer) -> dict[str, Any]:
         """OpenAI's token counts."""
-        return usage_of(self.job.num_prompt_tokens, answer.num_tokens, answer.num_cached_tokens)
+        return usage_of(
+            self.job.num_prompt_tokens, answer.num_tokens, answer.num_cached_tokens, answer.num_reasoning_tokens
+        )
 
     def timeline(self, answer: Answer) -> list[dict[str, Any]] | None:
         """The stages of the journey, if they were asked for."""
@@ -50,7 +53,7 @@ class Presentation:
 
     def chunks(self, deltas: Sequence[Delta], begun: set[int]) -> list[bytes]:
         """One event per choice that has something to show; `begun` are the choices that have had their first."""
-        shown = [d for d in deltas if d.text or d.finish_reason or d.index not in begun]
+        shown = [d for d in deltas if d.pieces or d.finish_reason or d.index not in begun]
         return [sse(chunk(self.form, self.heading, d, is_first=d.index not in begun)) for d in shown]
 
     def closing(self, answer: Answer) -> list[bytes]:
@@ -64,12 +67,12 @@ class Presentation:
 
 async def write_whole(wire: Wire, answer: Answer, look: Presentation, meter: Meter) -> None:
     """Gather the answer and send it as one JSON object."""
-    texts = [""] * len(answer.choices)
+    wholes = [Pieces() for _ in answer.choices]
     while deltas := await answer.take():
         meter.tokens(deltas)
         for delta in deltas:
-            texts[delta.index] += delta.text
-    body = whole(look.form, look.heading, texts, answer.choices, look.usage(answer), look.timeline(answer))
+            wholes[delta.index].add(delta.pieces)
+    body = whole(look.form, look.heading, wholes, answer.choices, look.usage(answer), look.timeline(answer))
     await wire.write_whole(encode(body))
 
 

@@ -16,7 +16,8 @@ import httpx
 
 from ernie_cluster.errors import ErnieClusterError, InvalidRequest
 
-HELP = "Type a message. /image PATH puts a picture into the next one, /new starts over, /quit leaves."
+HELP = "Type a message. /image PATH or /video PATH puts one into the next message, /new starts over, /quit leaves."
+_ANIMATIONS = {".gif": "image/gif", ".webp": "image/webp", ".png": "image/png", ".apng": "image/apng"}
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 
 
@@ -27,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="server (default: %(default)s)")
     parser.add_argument("--model", help="served model name (default: the first that the server lists)")
     parser.add_argument("--image", dest="images", action="append", default=[], metavar="PATH", help="may be repeated")
+    parser.add_argument(
+        "--video",
+        dest="videos",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="animated GIF, WebP or PNG, or a folder of JPEG frames in order of their names; may be repeated",
+    )
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max-tokens", type=int, default=1024, help="per answer (default: %(default)s)")
     parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="let the model think aloud, or not")
@@ -35,7 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """The `chat` command."""
-    return run(args.url, args.model, args.images, args.prompt, args.system, args.max_tokens, args.thinking, args.once)
+    return run(
+        args.url,
+        args.model,
+        args.images,
+        args.prompt,
+        args.system,
+        args.max_tokens,
+        args.thinking,
+        args.once,
+        videos=args.videos,
+    )
 
 
 def run(
@@ -48,12 +67,13 @@ def run(
     thinking: bool | None = None,
     once: bool = False,
     *,
+    videos: Sequence[str] = (),
     transport: httpx.BaseTransport | None = None,
 ) -> int:
     """Chat until the user has enough.
 
     Returns:
-        Exit code: 0, or 1 when the server cannot be reached, an image cannot be read, or (`once`) there is no answer.
+        Exit code: 0, or 1 when the server cannot be reached, a picture or video cannot be read, or (`once`) there is no answer.
     """
     base_url = url.rstrip("/").removesuffix("/v1")
     with httpx.Client(base_url=base_url, timeout=TIMEOUT, transport=transport) as client:
@@ -61,6 +81,8 @@ def run(
             chat = Chat(client, model or first_model(client), system, max_tokens, thinking)
             for path in images:
                 chat.attach(path)
+            for path in videos:
+                chat.attach_video(path)
         except (ErnieClusterError, httpx.HTTPError, OSError) as e:
             return _complain(e, base_url)
         if not once:
@@ -83,8 +105,9 @@ def _obey(chat: Chat, line: str, base_url: str) -> int:
     """Do what one line says; exit code if it were the last."""
     command, _, argument = line.partition(" ")
     try:
-        if command == "/image":
-            chat.attach(argument.strip())
+        if command in ("/image", "/video"):
+            attach = chat.attach if command == "/image" else chat.attach_video
+            attach(argument.strip())
             print(f"The next message shows {argument.strip()}.")
         elif command == "/new":
             chat.restart()
@@ -112,7 +135,7 @@ class Chat:
     thinking: bool | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[dict[str, Any]] = field(default_factory=list)
-    """Parts that wait for the next message."""
+    """Parts that wait for the next message, videos too."""
 
     def __post_init__(self) -> None:
         self.restart()
@@ -131,11 +154,29 @@ class Chat:
         kind = mimetypes.guess_type(path)[0]
         if kind is None or not kind.startswith("image/"):
             raise InvalidRequest(f"{path!r} is not a picture by its name; use for example .png or .jpg")
-        data = base64.b64encode(Path(path).expanduser().read_bytes()).decode()
+        data = _base64(Path(path).expanduser())
         self.pictures.append({"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
 
+    def attach_video(self, path: str) -> None:
+        """Put an animated file, or a folder of JPEG frames, into the next message.
+
+        Raises:
+            InvalidRequest: not the name of an animation, or a folder without frames; OSError: a file cannot be read.
+        """
+        source = Path(path).expanduser()
+        if source.is_dir():
+            frames = sorted(frame for frame in source.iterdir() if frame.suffix.lower() in (".jpg", ".jpeg"))
+            if not frames:
+                raise InvalidRequest(f"{path!r} holds no .jpg files; put the frames of a video there")
+            kind, data = "video/jpeg", ",".join(map(_base64, frames))
+        elif kind := _ANIMATIONS.get(source.suffix.lower(), ""):
+            data = _base64(source)
+        else:
+            raise InvalidRequest(f"{path!r} is no .gif, .webp, .png or folder of .jpg frames; turn the video into one")
+        self.pictures.append({"type": "video_url", "video_url": {"url": f"data:{kind};base64,{data}"}})
+
     def say(self, text: str) -> Iterator[str]:
-        """Send a message; yields the answer as it comes.
+        """Send a message; yields what to show of the answer as it comes. Only its content stays in the conversation.
 
         Raises:
             ErnieClusterError: the server refused, or the answer broke off.
@@ -143,13 +184,18 @@ class Chat:
         content: Any = [*self.pictures, {"type": "text", "text": text}] if self.pictures else text
         messages = [*self.messages, {"role": "user", "content": content}]
         answer = ""
-        for piece in self._stream(messages):
-            answer += piece
-            yield piece
+        heading: str | None = None
+        for delta in self._stream(messages):
+            answer += delta.get("content") or ""
+            for part, text in _parts(delta):
+                if part != heading:
+                    yield part if heading is None else f"\n{part}"
+                heading = part
+                yield text
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.pictures = []
 
-    def _stream(self, messages: list[dict[str, Any]]) -> Iterator[str]:
+    def _stream(self, messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
@@ -166,7 +212,7 @@ class Chat:
                 if line == "data: [DONE]":
                     return
                 if line.startswith("data: "):
-                    yield _text(json.loads(line[6:]))
+                    yield from _deltas(json.loads(line[6:]))
         raise ErnieClusterError("the answer broke off; ask again")
 
 
@@ -186,10 +232,26 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or c.isprintable())
 
 
-def _text(event: dict[str, Any]) -> str:
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _deltas(event: dict[str, Any]) -> list[dict[str, Any]]:
     if "error" in event:
         raise ErnieClusterError(str(event["error"].get("message", event["error"])))
-    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+    return [choice["delta"] for choice in event["choices"]]
+
+
+def _parts(delta: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The parts of an answer in a delta: heading and text, which goes on where the heading is the one before."""
+    if reasoning := delta.get("reasoning_content"):
+        yield "thinking: ", reasoning
+    if content := delta.get("content"):
+        yield "", content
+    for call in delta.get("tool_calls") or ():
+        function = call.get("function") or {}
+        name = f"{function['name']} " if function.get("name") else ""
+        yield f"call {call['index'] + 1}: ", name + (function.get("arguments") or "")
 
 
 def _message(response: httpx.Response) -> str:

@@ -7,7 +7,7 @@ digits), its special tokens and the family's prompt layout. Training is determin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -42,15 +42,15 @@ MARKUP_TOKENS = (
 )
 
 
-def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Byte-level BPE over `_training_text`, its ids laid out as in the family."""
+def train_tokenizer(vocab_size: int, texts: Iterable[str] | None = None) -> Tokenizer:
+    """Byte-level BPE over `texts`, or a text made here, its ids laid out as in the family."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = _pre_tokenizer()
     num_added = len(SPECIAL_TOKENS) + len(MARKUP_TOKENS)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     num_learned = vocab_size - num_added - (len(HEAD_TOKENS) - 10)  # the digits are in the alphabet already
     trainer = trainers.BpeTrainer(vocab_size=num_learned, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator(_training_text(), trainer)
+    trained.train_from_iterator(_training_text() if texts is None else texts, trainer)
     learned = json.loads(trained.to_str())["model"]
     words = [*HEAD_TOKENS, *(w for w in sorted(learned["vocab"], key=learned["vocab"].get) if w not in HEAD_TOKENS)]
     merges = [tuple(pair) for pair in learned["merges"]]

@@ -261,6 +261,12 @@ class ApiConfig:
     """Largest picture by width * height before decoding, at least 1."""
     max_images: int = 32
     """Most pictures per request; 0 refuses all."""
+    max_video_bytes: int = 20 * MIB
+    """Largest encoded video, at least 1."""
+    max_video_frames: int = 5000
+    """Most frames of a video, before sampling; at least 2."""
+    max_videos: int = 4
+    """Most videos per request; 0 refuses all."""
     max_json_depth: int = 32
     """Deepest nesting of a request body, at least 8: chat messages with tools need that much."""
     request_timeout_s: float = 600.0
@@ -274,9 +280,12 @@ class ApiConfig:
         if not self.host:
             raise ConfigError("host is empty; use 127.0.0.1, or 0.0.0.0 for all interfaces")
         _check_range(self, 1, "port", high=65535)
-        _check_range(self, 1, "num_replicas", "max_body_bytes", "max_image_bytes", "max_image_pixels")
+        _check_range(
+            self, 1, "num_replicas", "max_body_bytes", "max_image_bytes", "max_image_pixels", "max_video_bytes"
+        )
+        _check_range(self, 2, "max_video_frames")
         _check_range(self, 1, "default_max_tokens", "preprocess_threads")
-        _check_range(self, 0, "max_images")
+        _check_range(self, 0, "max_images", "max_videos")
         _check_range(self, 8, "max_json_depth")
         _check_positive(self, "request_timeout_s")
 

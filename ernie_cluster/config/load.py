@@ -49,7 +49,18 @@ def load_config(path: str | Path | None, env: Mapping[str, str], overrides: Sequ
 
 def dump_config(config: ClusterConfig) -> str:
     """The configuration as YAML that `load_config` reads back into an equal value."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe dumper that escapes Unicode's line breaks, which the loader would fold into a space."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(c in data for c in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,6 +19,9 @@ _MASK64 = (1 << 64) - 1
 _MIN_TEMPERATURE = 1e-5
 """Below it only the likeliest tokens are left anyway, and float32 could not divide any more."""
 
+_MAX_LOGIT = 1e30
+"""No penalty lifts or lowers a logit beyond it."""
+
 
 def _mix(x: int) -> int:
     """SplitMix64's finaliser: every input bit moves every output bit. Source: Steele, Lea, Flood 2014."""
@@ -71,7 +74,8 @@ def _shape_logits(logits_V: Tensor, row: SamplerRow) -> None:
     if p.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*row.prompt, *row.output}), device=logits_V.device)
         value = logits_V[seen]
-        logits_V[seen] = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
+        value = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
+        logits_V[seen] = value.clamp(-_MAX_LOGIT, _MAX_LOGIT)  # two infinities would make every probability NaN
     if (p.presence_penalty or p.frequency_penalty) and row.output:
         ids, counts = torch.tensor(row.output, device=logits_V.device).unique(return_counts=True)  # type: ignore[no-untyped-call]
         logits_V[ids] -= p.presence_penalty + p.frequency_penalty * counts
@@ -98,7 +102,9 @@ def _draw(logits_RV: Tensor, rows: Seq[SamplerRow]) -> Tensor:
         before = ordered.cumsum(-1) - ordered  # the token that crosses top_p stays
         # rounding lets `before` reach 1: who keeps all must not depend on it, nor on who else is in the batch
         top_p = column([r.params.top_p if r.params.top_p < 1 else float("inf") for r in rows])
-        keep = (rank < top_k) & (before < top_p)
+        in_top_k = rank < top_k
+        total = (ordered * in_top_k).sum(-1, keepdim=True)  # top_p is a share of what top_k leaves
+        keep = in_top_k & (before < top_p * total)
         keep[:, 0] = True
         probs = probs * torch.zeros_like(keep).scatter_(-1, ids, keep)
     if any(r.params.min_p > 0 for r in rows):

@@ -14,15 +14,19 @@ import numpy as np
 
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import CheckpointError, ContextTooLong, InvalidRequest
-from ernie_cluster.inputs.images import ImageLimits, PixelConfig, PreparedMedia
-from ernie_cluster.inputs.messages import Message, Picture, PromptLimits, check_text, read_messages
+from ernie_cluster.inputs.frames import VideoConfig
+from ernie_cluster.inputs.images import PixelConfig, PreparedMedia
+from ernie_cluster.inputs.messages import Media, Message, PromptLimits, Settings, check_text, read_messages
 from ernie_cluster.inputs.positions import mrope_positions
 from ernie_cluster.inputs.template import ChatTemplate, Segment
 from ernie_cluster.inputs.tokenizer import IncrementalDecoder, Tokenizer, end_token_ids
 from ernie_cluster.request import GenerationRequest, MediaInput, SamplingParams
 
-MapImages = Callable[[Callable[[Picture], PreparedMedia], Iterable[Picture]], Iterable[PreparedMedia]]
-"""Applies a function to pictures and keeps their order: the builtin `map`, or a thread pool's."""
+MapMedia = Callable[[Callable[[Media], PreparedMedia], Iterable[Media]], Iterable[PreparedMedia]]
+"""Applies a function to pictures and videos and keeps their order: the builtin `map`, or a thread pool's."""
+
+_TAIL_TOKENS = 16
+"""Enough for `<think>` letter by letter, and some white space behind it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,13 +37,14 @@ class ChatProcessor:
     tokenizer: Tokenizer
     template: ChatTemplate
     pixels: PixelConfig
+    video: VideoConfig
     served_name: str
     """The model's name in requests."""
     max_model_len: int
     """Most tokens of prompt and answer together."""
     eos_token_ids: tuple[int, ...]
     limits: PromptLimits = PromptLimits()
-    map_images: MapImages = map
+    map_media: MapMedia = map
 
     @classmethod
     def from_folder(
@@ -48,10 +53,8 @@ class ChatProcessor:
         *,
         served_name: str,
         max_model_len: int | None = None,
-        image_limits: ImageLimits | None = None,
-        max_images: int = 32,
-        max_prompt_chars: int = 4_000_000,
-        map_images: MapImages = map,
+        limits: PromptLimits | None = None,
+        map_media: MapMedia = map,
     ) -> ChatProcessor:
         """Read everything but weights from a checkpoint folder.
 
@@ -59,8 +62,8 @@ class ChatProcessor:
             folder: with config.json, tokenizer.json and what else the checkpoint ships.
             served_name: the model's name in requests.
             max_model_len: most tokens of prompt and answer together; None takes the model's own limit.
-            image_limits, max_images, max_prompt_chars: see `PromptLimits`.
-            map_images: see `MapImages`.
+            limits: see `PromptLimits`, whose defaults None takes.
+            map_media: see `MapMedia`.
 
         Raises:
             CheckpointError: a file is absent or unusable, or two files contradict each other.
@@ -82,11 +85,12 @@ class ChatProcessor:
             tokenizer=tokenizer,
             template=template,
             pixels=pixels,
+            video=VideoConfig.from_folder(folder),
             served_name=served_name,
             max_model_len=max_model_len or config.text.max_position_embeddings,
             eos_token_ids=end_token_ids(folder, tokenizer),
-            limits=PromptLimits(image_limits or ImageLimits(), max_images, max_prompt_chars),
-            map_images=map_images,
+            limits=limits or PromptLimits(),
+            map_media=map_media,
         )
 
     @property
@@ -97,6 +101,14 @@ class ChatProcessor:
     def detokenizer(self) -> IncrementalDecoder:
         """A new decoder, for one answer."""
         return IncrementalDecoder(self.tokenizer)
+
+    def opens_reasoning(self, request: GenerationRequest) -> bool:
+        """Whether the prompt ends where the model's reasoning begins, so that the answer goes on inside it.
+
+        Read off the prompt itself: whether a model thinks is its template's decision as much as the client's.
+        """
+        tail = self.tokenizer.decode(request.prompt_token_ids[-_TAIL_TOKENS:].tolist(), skip_special=False)
+        return tail.rstrip().endswith("<think>")
 
     def chat(
         self,
@@ -112,8 +124,8 @@ class ChatProcessor:
         """Request for the next turn of a conversation.
 
         Args:
-            messages: OpenAI-shaped and type-checked; `content` is a string, None, or a list of `text` and `image_url`
-                parts, the latter with data URLs.
+            messages: OpenAI-shaped and type-checked; `content` is a string, None, or a list of `text`, `image_url`
+                and `video_url` parts, the latter two with data URLs.
             request_id, sampling, timeout_s, cache_salt: go into the request as they are.
             enable_thinking: None leaves it to the template.
             tools: OpenAI-shaped definitions, for the template.
@@ -122,13 +134,13 @@ class ChatProcessor:
             InvalidRequest: something cannot be served; `param` names it, as in `messages[2].content[1].image_url.url`.
             ContextTooLong: the prompt alone does not fit.
         """
-        part_type = self.template.image_part_type if self.config.is_multimodal else None
-        rendered, pictures = read_messages(messages, self.limits, image_part_type=part_type)
+        part_types = self.template.part_types if self.config.is_multimodal else {}
+        rendered, unprepared = read_messages(messages, self.limits, part_types=part_types)
         check_text(tools, "tools", self.limits.max_prompt_chars)
         segments = self.template.render(
             rendered, tools=tools, enable_thinking=enable_thinking, max_chars=self.limits.max_prompt_chars
         )
-        prepared = list(self.map_images(self._prepare, pictures))
+        prepared = list(self.map_media(self._prepare, unprepared))
         ids, media = self._fill_in(segments, prepared)
         self._check_length(len(ids), sampling.max_tokens, "messages")
         return self._request(request_id, ids, media, sampling, timeout_s, cache_salt)
@@ -161,18 +173,18 @@ class ChatProcessor:
         self._check_ids(ids)
         return self._request(request_id, ids, (), sampling, timeout_s, cache_salt)
 
-    def _prepare(self, picture: Picture) -> PreparedMedia:
-        return picture.prepare(self.pixels, self.limits.image)
+    def _prepare(self, media: Media) -> PreparedMedia:
+        return media.prepare(Settings(self.pixels, self.video, self.limits, self.max_model_len))
 
     def _fill_in(
         self, segments: Sequence[Segment], prepared: Sequence[PreparedMedia]
     ) -> tuple[list[int], tuple[MediaInput, ...]]:
-        """Encode the text, and put as many placeholder tokens as each picture needs."""
+        """Encode the text, and put as many placeholder tokens as each picture or video needs."""
         kinds = [segment.kind for segment in segments if segment.kind in ("image", "video")]
-        if kinds != [picture.kind for picture in prepared]:
+        if kinds != [media.kind for media in prepared]:
             raise InvalidRequest(
-                f"the model's chat template has {len(kinds)} places for {len(prepared)} pictures; "
-                "move the pictures to user messages",
+                f"the model's chat template has {len(kinds)} places for {len(prepared)} pictures and videos; "
+                "move them to user messages",
                 "messages",
             )
         ids: list[int] = []

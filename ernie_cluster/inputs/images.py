@@ -8,13 +8,10 @@ prompt and no network.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +65,14 @@ class PixelConfig:
         """Sides of a resized picture are multiples of this, so that its patches merge evenly."""
         return self.patch_size * self.merge_size
 
+    def resized(self, kind: MediaKind, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height to which a picture, or a frame of a video, of this width and height is resized."""
+        bounds = (
+            (self.min_pixels, self.max_pixels) if kind == "image" else (self.video_min_pixels, self.video_max_pixels)
+        )
+        height, width = smart_resize(size[1], size[0], self.factor, *bounds)
+        return width, height
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> PixelConfig:
         """Read the checkpoint's preprocessor files, whichever exist; absent keys keep the defaults.
@@ -79,13 +84,9 @@ class PixelConfig:
             CheckpointError: a file is not JSON, or a value is of the wrong kind.
         """
         values: dict[str, Any] = {}
-        for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
-            path = Path(folder) / name
+        for path, raw in preprocessor_files(folder):
             try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
-                values |= _video_values(raw) if name.startswith("video") else _pixel_values(raw)
-            except FileNotFoundError:
-                continue
+                values |= _video_values(raw) if path.name.startswith("video") else _pixel_values(raw)
             except (ValueError, TypeError, AttributeError) as e:
                 raise CheckpointError(f"{path}: not a usable preprocessor configuration: {e}") from None
         return cls(**values)
@@ -105,22 +106,23 @@ class PreparedMedia:
     """Placeholder tokens it takes in the prompt."""
 
 
-def parse_data_url(url: str, *, max_bytes: int | None = None) -> tuple[str, bytes]:
-    """Media type (lower case) and content of `data:image/png;base64,...`.
+def preprocessor_files(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Path and content of each of the checkpoint's preprocessor files that exists; later ones win over earlier ones.
 
     Raises:
-        InvalidRequest: not such a URL, not strict base64, or more than `max_bytes`.
+        CheckpointError: a file is not a JSON object.
     """
-    match = re.match(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.+-]+=[\w.+-]+)*;base64,", url, re.ASCII | re.IGNORECASE)
-    if match is None:
-        raise InvalidRequest("not a data URL with base64 content; send data:image/png;base64,...", code="invalid_image")
-    encoded = url[match.end() :]
-    if max_bytes is not None and len(encoded) > 4 * -(-max_bytes // 3):
-        raise InvalidRequest(f"the image has more than {max_bytes} bytes; send a smaller file", code="image_too_large")
-    try:
-        return match.group(1).lower(), base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidRequest("the data URL's content is not valid base64", code="invalid_image") from None
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+        path = Path(folder) / name
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as e:
+            raise CheckpointError(f"{path}: not a usable preprocessor configuration: {e}") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: holds a {type(raw).__name__}, not an object")
+        yield path, raw
 
 
 def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
@@ -139,7 +141,7 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=limits.formats) as image:
             _check_size(image.size, limits)
             image.load()
-            return _turn_upright(image, _to_rgb(image))
+            return _turn_upright(image, to_rgb(image))
     except InvalidRequest:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -186,13 +188,7 @@ def to_patches(
         (t, h/2, w/2, 2, 2), so that four consecutive rows make one token; and the grid (t, h, w) in patches.
     """
     p, m = config.patch_size, config.merge_size
-    bounds = (
-        (config.min_pixels, config.max_pixels)
-        if kind == "image"
-        else (config.video_min_pixels, config.video_max_pixels)
-    )
-    height, width = smart_resize(frames[0].height, frames[0].width, config.factor, *bounds)
-    size = (width, height)
+    width, height = size = config.resized(kind, frames[0].size)
     pixels = np.stack([np.asarray(frame.resize(size, Image.Resampling.BICUBIC)) for frame in frames])
     t, h, w = len(frames), height // p, width // p
     blocks = pixels.reshape(t, h // m, m, p, w // m, m, p, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
@@ -201,29 +197,15 @@ def to_patches(
 
 def prepare_image(data: bytes, config: PixelConfig, limits: ImageLimits) -> PreparedMedia:
     """Decode, resize, cut and hash one image; raises InvalidRequest as `open_image` does."""
-    return _prepare("image", [open_image(data, limits)], config)
+    return prepared("image", *to_patches([open_image(data, limits)], config), config)
 
 
-def prepare_frames(frames: NDArray[np.uint8], config: PixelConfig) -> PreparedMedia:
-    """Patches of a video, given as sampled frames.
-
-    The last frame is repeated until the count divides by `temporal_merge_size`. The original processor draws each
-    frame's time into its corner beforehand; frames are taken here as they come, with or without it.
-
-    Args:
-        frames: uint8 [T, height, width, 3] RGB, T >= 1.
-    """
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
-        raise InvalidRequest(f"frames are {frames.dtype} {list(frames.shape)}; send uint8 [T, height, width, 3]")
-    images = [Image.fromarray(frame) for frame in frames]
-    images += images[-1:] * (-len(images) % config.temporal_merge_size)
-    return _prepare("video", images, config)
-
-
-def _prepare(kind: MediaKind, frames: Sequence[Image.Image], config: PixelConfig) -> PreparedMedia:
-    patches, grid = to_patches(frames, config, kind)
+def prepared(
+    kind: MediaKind, patches: NDArray[np.uint8], grid_thw: tuple[int, int, int], config: PixelConfig
+) -> PreparedMedia:
+    """Hash and token count of patches as `to_patches` cuts them; the frames of a video come in whole groups."""
     per_token = config.merge_size**2 * (1 if kind == "image" else config.temporal_merge_size)
-    return PreparedMedia(kind, grid, patches, hash_media(kind, grid, patches), len(patches) // per_token)
+    return PreparedMedia(kind, grid_thw, patches, hash_media(kind, grid_thw, patches), len(patches) // per_token)
 
 
 def _round_to(side: int, factor: int) -> int:
@@ -240,7 +222,8 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode, transparent parts on white."""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
         grey = np.asarray(image).astype(np.int64) >> 8
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
-from ernie_cluster.inputs.images import ImageLimits, PixelConfig, PreparedMedia, parse_data_url, prepare_image
+from ernie_cluster.inputs.data_url import decode_base64, parse_data_url, split_data_url
+from ernie_cluster.inputs.frames import VideoConfig
+from ernie_cluster.inputs.images import ImageLimits, PixelConfig, PreparedMedia, prepare_image
+from ernie_cluster.inputs.video import VideoLimits, open_clip, prepare_clip
+from ernie_cluster.request import MediaKind
 
 Message = Mapping[str, Any]
 
@@ -28,6 +32,21 @@ class PromptLimits:
     """Pictures per request; 0 refuses all."""
     max_prompt_chars: int = 4_000_000
     """Characters of all text together, and of the rendered prompt."""
+    video: VideoLimits = VideoLimits()
+    """Of a single video."""
+    max_videos: int = 4
+    """Videos per request; 0 refuses all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that the preparation of a picture or video depends on."""
+
+    pixels: PixelConfig
+    video: VideoConfig
+    limits: PromptLimits
+    max_tokens: int
+    """Tokens that one video may take; more is refused before a pixel is decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,52 +58,82 @@ class Picture:
     url: str
     """A data URL."""
 
-    def prepare(self, pixels: PixelConfig, limits: ImageLimits) -> PreparedMedia:
+    def prepare(self, settings: Settings) -> PreparedMedia:
         """Decode, resize and cut it; raises InvalidRequest that names `param`."""
+        limits = settings.limits.image
         try:
             mime, data = parse_data_url(self.url, max_bytes=limits.max_bytes)
             if not mime.startswith("image/"):
                 raise InvalidRequest(f"the data URL is of type {mime}; send an image", code="invalid_image")
-            return prepare_image(data, pixels, limits)
+            return prepare_image(data, settings.pixels, limits)
         except InvalidRequest as e:
-            raise InvalidRequest(e.message, self.param, e.code) from None
+            raise InvalidRequest(e.message, f"{self.param}.url", e.code) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video of the messages, not yet decoded."""
+
+    param: str
+    """Where it stands, in the client's spelling."""
+    url: str
+    """A data URL; a list of frames is separated by commas."""
+    fps: float | None = None
+    """Frames per second that the model is to see."""
+    min_frames: int | None = None
+    max_frames: int | None = None
+    source_fps: float | None = None
+    """Rate at which the frames of a list were taken."""
+
+    def prepare(self, settings: Settings) -> PreparedMedia:
+        """Sample, decode, resize and cut it; raises InvalidRequest that names the field at fault below `param`."""
+        limits = settings.limits.video
+        try:
+            config = settings.video.with_wishes(self.fps, self.min_frames, self.max_frames)
+            mime, encoded = split_data_url(self.url, "video", limits.max_bytes)
+            pieces = [decode_base64(piece, "video") for piece in encoded.split(",")] if encoded else []
+            clip = open_clip(mime, pieces, limits, self.source_fps)
+            return prepare_clip(clip, settings.pixels, config, max_tokens=settings.max_tokens)
+        except InvalidRequest as e:
+            raise type(e)(e.message, f"{self.param}.{e.param or 'url'}", e.code) from None
+
+
+Media = Picture | Video
 
 
 def read_messages(
-    messages: Sequence[Message], limits: PromptLimits, *, image_part_type: str | None
-) -> tuple[list[Message], list[Picture]]:
-    """The messages as templates expect them, and their pictures in order.
+    messages: Sequence[Message], limits: PromptLimits, *, part_types: Mapping[MediaKind, str]
+) -> tuple[list[Message], list[Media]]:
+    """The messages as templates expect them, and their pictures and videos in order.
 
-    Content None becomes "", the arguments of tool calls become objects, and a picture's part keeps its type only.
+    Content None becomes "", the arguments of tool calls become objects, and the part of a picture or video keeps its
+    type only.
 
     Args:
-        messages: `content` is a string, None, or a list of `text` and `image_url` parts.
+        messages: `content` is a string, None, or a list of `text`, `image_url` and `video_url` parts.
         limits: see there.
-        image_part_type: type that the template expects of a picture's part; None for models that read text only.
+        part_types: type that the template expects of a picture's and a video's part; empty for models that read text
+            only.
 
     Raises:
-        InvalidRequest: no messages, an unserved kind of part, too many pictures, or text that is not Unicode.
+        InvalidRequest: no messages, an unserved kind of part, too many pictures or videos, or text that is not Unicode.
         ContextTooLong: too many characters.
     """
     if not messages:
         raise InvalidRequest("there are no messages; send at least one", "messages")
-    pictures: list[Picture] = []
+    media: list[Media] = []
     rendered: list[Message] = []
     for i, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, (list, tuple)):
             content = [
-                _read_part(part, f"messages[{i}].content[{j}]", image_part_type, pictures)
-                for j, part in enumerate(content)
+                _read_part(part, f"messages[{i}].content[{j}]", part_types, media) for j, part in enumerate(content)
             ]
         rendered.append({**message, "content": "" if content is None else content, **_tool_calls(message)})
-    if len(pictures) > limits.max_images:
-        raise InvalidRequest(
-            f"{len(pictures)} pictures, the limit is {limits.max_images} per request; send fewer",
-            pictures[limits.max_images].param,
-        )
+    _check_count([m for m in media if isinstance(m, Picture)], limits.max_images, "pictures")
+    _check_count([m for m in media if isinstance(m, Video)], limits.max_videos, "videos")
     check_text(rendered, "messages", limits.max_prompt_chars)
-    return rendered, pictures
+    return rendered, media
 
 
 def check_text(value: object, param: str, max_chars: int, depth: int = 0) -> int:
@@ -120,16 +169,30 @@ def _num_chars(text: str, param: str) -> int:
     return len(text)
 
 
-def _read_part(part: Message, param: str, image_part_type: str | None, pictures: list[Picture]) -> Message:
+def _check_count(media: Sequence[Media], limit: int, what: str) -> None:
+    if len(media) > limit:
+        raise InvalidRequest(
+            f"{len(media)} {what}, the limit is {limit} per request; send fewer", f"{media[limit].param}.url"
+        )
+
+
+def _read_part(part: Message, param: str, part_types: Mapping[MediaKind, str], media: list[Media]) -> Message:
     kind = part.get("type")
     if kind == "text":
         return part
-    if kind != "image_url":
-        raise InvalidRequest(f"parts of type {kind!r} are not served; send text or image_url", f"{param}.type")
-    if image_part_type is None:
-        raise InvalidRequest("this model reads text only; leave the picture out", param)
-    pictures.append(Picture(f"{param}.image_url.url", part["image_url"]["url"]))
-    return {"type": image_part_type}
+    if kind not in ("image_url", "video_url"):
+        raise InvalidRequest(
+            f"parts of type {kind!r} are not served; send text, image_url or video_url", f"{param}.type"
+        )
+    if not part_types:
+        raise InvalidRequest("this model reads text only; leave pictures and videos out", param)
+    given = part[kind]
+    if kind == "image_url":
+        media.append(Picture(f"{param}.{kind}", given["url"]))
+        return {"type": part_types["image"]}
+    wishes = (given.get(name) for name in ("fps", "min_frames", "max_frames", "source_fps"))
+    media.append(Video(f"{param}.{kind}", given["url"], *wishes))
+    return {"type": part_types["video"]}
 
 
 def _tool_calls(message: Message) -> dict[str, Any]:
@@ -141,7 +204,7 @@ def _tool_calls(message: Message) -> dict[str, Any]:
 
 def _with_parsed_arguments(function: Message) -> dict[str, Any]:
     """OpenAI sends arguments as JSON text, templates print objects. Broken JSON of a model stays as it is."""
-    arguments = function.get("arguments")
+    arguments = function.get("arguments") or "{}"
     try:
         return {**function, "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
     except (ValueError, RecursionError):

@@ -22,8 +22,9 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ernie_cluster.errors import CheckpointError, ContextTooLong, InvalidRequest
+from ernie_cluster.request import MediaKind
 
-PLACEHOLDERS: Mapping[str, Literal["image", "video"]] = {
+PLACEHOLDERS: Mapping[str, MediaKind] = {
     "<|IMAGE_PLACEHOLDER|>": "image",
     "<|image@placeholder|>": "image",
     "<|VIDEO_PLACEHOLDER|>": "video",
@@ -130,8 +131,8 @@ class ChatTemplate:
         self._first_letters = "".join(sorted({text[0] for text in controls}))
         self._variables = dict(variables or {})
         self._source = source
-        self.image_part_type = "image" if "'image_url'" not in source and '"image_url"' not in source else "image_url"
-        """How this template spells the type of a picture among a message's parts."""
+        self.part_types: Mapping[MediaKind, str] = {kind: _part_type(kind, source) for kind in ("image", "video")}
+        """How this template spells the types of pictures and videos among a message's parts."""
         try:
             self._template = _environment(now).from_string(source)
         except jinja2.TemplateError as e:
@@ -242,6 +243,11 @@ def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda spelling: now().strftime(spelling)
     return environment
+
+
+def _part_type(kind: MediaKind, source: str) -> str:
+    spelling = f"{kind}_url"
+    return spelling if f"'{spelling}'" in source or f'"{spelling}"' in source else kind
 
 
 def _strings(value: object) -> Iterable[str]:

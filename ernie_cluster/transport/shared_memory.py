@@ -45,6 +45,8 @@ from ernie_cluster.transport.wire import Kind
 STAGING_BYTES = 64 << 20
 """Address space per sender; memory is taken only as far as pieces were in flight at once."""
 _MAX_UNACKNOWLEDGED = 1024
+_WINDOW_BYTES = 8 << 20
+"""Pieces on their way take at most this much, or are one: so they are in the cache still when the receiver reads."""
 _MAX_BACKLOG_BYTES = 1 << 20
 """No further job is started while this much waits for a receiver that does not read."""
 _ACCEPT_PAUSE_S = 0.1
@@ -68,7 +70,8 @@ class SharedMemoryChannel:
         sock, self._staging = _connect(address, peer)
         size = len(self._staging.bytes)
         self._arena = Arena(size)
-        self._offsets: dict[int, int] = {}  # unacknowledged piece -> its place in the staging memory
+        self._places: dict[int, tuple[int, int]] = {}  # unacknowledged piece -> (offset in the staging memory, bytes)
+        self._bytes_in_flight = 0
         self._link = Link(sock, f"kv-to-{address.split(':')[1]}", self._on_frame, self._on_turn, self._on_end)
         self._outbox = Outbox(self._link.wake, max_piece_bytes=size // 2, stall_timeout_s=stall_timeout_s)
         self._link.start()
@@ -100,6 +103,8 @@ class SharedMemoryChannel:
             if self._outbox.take(job):
                 self._link.send(wire.encode(Kind.CALL, wire.with_id(job.number, job.body)))
             return 0.0
+        if self._bytes_in_flight and self._bytes_in_flight + job.header.nbytes > _WINDOW_BYTES:
+            return wait_s
         offset = self._arena.allocate(job.header.nbytes)
         if offset is None:
             return wait_s
@@ -115,23 +120,25 @@ class SharedMemoryChannel:
         except Exception as e:
             job.future.set_exception(pack_failed(job.header, e))
             return False
-        self._offsets[job.number] = offset
+        self._places[job.number] = offset, job.header.nbytes
+        self._bytes_in_flight += job.header.nbytes
         self._outbox.sent(job, time.monotonic())
         self._link.send(frame)
         return True
 
     def _on_frame(self, kind: int, body: bytes) -> None:
         number, tail = wire.split_id(body)
-        offset = self._offsets.pop(number, None)
-        if offset is not None:
-            self._arena.free(offset)
+        place = self._places.pop(number, None)
+        if place is not None:
+            self._arena.free(place[0])
+            self._bytes_in_flight -= place[1]
         if kind == Kind.ACK:
             self._outbox.settle_piece(number)
         elif kind == Kind.REPLY:
             self._outbox.settle_call(number, wire.decode_json(tail))
         elif kind == Kind.FAIL:
             error = TransferFailed(tail.decode(errors="replace"))
-            self._outbox.settle_call(number, error) if offset is None else self._outbox.settle_piece(number, error)
+            self._outbox.settle_call(number, error) if place is None else self._outbox.settle_piece(number, error)
         else:
             raise TransferFailed(f"frame of kind {kind} makes no sense to a sender; do both ends have one version?")
 

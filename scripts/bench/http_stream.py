@@ -167,6 +167,9 @@ class ByteProcessor:
         positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
         return GenerationRequest(request_id, self.served_name, ids, positions, sampling, timeout_s=timeout_s)
 
+    def opens_reasoning(self, request: GenerationRequest) -> bool:
+        return False
+
     def detokenizer(self) -> ByteText:
         return ByteText()
 

@@ -35,13 +35,29 @@ def picture_url(seed: int = 0) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
+@cache
+def video_url(seed: int = 0, num_frames: int = 5) -> str:
+    """A small GIF as a data URL, another one for each seed: a ball rolls for a tenth of a second per frame."""
+    frames = []
+    for i in range(num_frames):
+        frame = Image.new("RGB", (84, 56), (40 * seed % 256, 90, 200))
+        ImageDraw.Draw(frame).ellipse((10 * i, 10, 10 * i + 30, 40), fill=(220, 60, 30))
+        frames.append(frame)
+    out = io.BytesIO()
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=100)
+    return "data:image/gif;base64," + base64.b64encode(out.getvalue()).decode()
+
+
 def chat_body(
-    model: str, text: str, *, picture: int | None = None, max_tokens: int = 16, **more: Any
+    model: str, text: str, *, picture: int | None = None, video: int | None = None, max_tokens: int = 16, **more: Any
 ) -> dict[str, Any]:
     """A greedy request that runs to `max_tokens`."""
-    content: Any = text
+    parts: list[dict[str, Any]] = []
     if picture is not None:
-        content = [{"type": "image_url", "image_url": {"url": picture_url(picture)}}, {"type": "text", "text": text}]
+        parts.append({"type": "image_url", "image_url": {"url": picture_url(picture)}})
+    if video is not None:
+        parts.append({"type": "video_url", "video_url": {"url": video_url(video)}})
+    content = [*parts, {"type": "text", "text": text}] if parts else text
     fixed = {"temperature": 0, "ignore_eos": True}
     return {
         "model": model, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, **fixed, **more,

@@ -73,6 +73,32 @@ def test_hand_over_changes_no_token(app: Application, picture: int | None, sampl
     assert answers[0]["usage"]["completion_tokens"] == answers[1]["usage"]["completion_tokens"]
 
 
+@pytest.mark.parametrize("picture", [None, 5])
+def test_hand_over_of_a_video_changes_no_token(app: Application, picture: int | None) -> None:
+    answers = [
+        app.ask(model, "What happens?", picture=picture, video=1, max_tokens=40, include_timeline=True)
+        for model in ("tiny", "mixed")
+    ]
+    texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert texts[0] == texts[1] != ""
+    for answer in answers:
+        encoded = [span["tokens"] for span in answer["timeline"] if span["name"] == "encode"]
+        pairs_of_frames = 3 * (2 * 3)  # five frames of 84 x 56 pixels
+        assert encoded == ([12] if picture is not None else []) + [pairs_of_frames]
+
+
+def test_other_frames_are_another_video(app: Application) -> None:
+    def cached_tokens(**wishes: object) -> int:
+        body = chat_body("tiny", "What happens?", video=2)
+        body["messages"][0]["content"][0]["video_url"] |= wishes
+        cached: int = app.post(body).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return cached
+
+    assert cached_tokens() == 0
+    assert cached_tokens(max_frames=4) == 0
+    assert cached_tokens() > 0
+
+
 @pytest.mark.parametrize("model", ["tiny", "mixed"])
 def test_one_token_is_an_answer(app: Application, model: str) -> None:
     answer = app.ask(model, "One word.", max_tokens=1)

@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.e2e.application import Application, chat_body
+from tests.e2e.application import Application, chat_body, video_url
 
 
 def with_picture(data: bytes, mime: str = "image/png") -> dict[str, Any]:
     body = chat_body("tiny", "What is this?", picture=0)
     url = f"data:{mime};base64,{base64.b64encode(data).decode()}"
     body["messages"][0]["content"][0]["image_url"]["url"] = url
+    return body
+
+
+def with_video(url: str, **wishes: object) -> dict[str, Any]:
+    body = chat_body("tiny", "What happens?", video=0)
+    body["messages"][0]["content"][0]["video_url"] = {"url": url, **wishes}
     return body
 
 
@@ -27,6 +33,7 @@ def bomb() -> bytes:
 
 
 IMAGE = "messages[0].content[0].image_url.url"
+VIDEO = "messages[0].content[0].video_url.url"
 HELLO = chat_body("tiny", "Hello")
 CASES: dict[str, tuple[Any, int, str | None]] = {
     "unknown model": (HELLO | {"model": "gpt-9"}, 404, "model"),
@@ -41,6 +48,11 @@ CASES: dict[str, tuple[Any, int, str | None]] = {
     "not a picture by its type": (with_picture(b"%PDF-1.7", "application/pdf"), 400, IMAGE),
     "picture with too many bytes": (with_picture(bytes(1_100_000)), 400, IMAGE),
     "picture with too many pixels": (with_picture(bomb()), 400, IMAGE),
+    "video in a container": (with_video("data:video/mp4;base64,AAAA"), 400, VIDEO),
+    "half a video": (with_video(video_url()[: len(video_url()) // 8 * 4]), 400, VIDEO),
+    "video of one frame": (with_video(video_url(num_frames=1)), 400, VIDEO),
+    "more frames than the model sees": (with_video(video_url(), max_frames=999), 400, VIDEO[:-3] + "max_frames"),
+    "video for a model without a vision pool": (chat_body("small", "?", video=0), 400, VIDEO),
     "picture for a model without a vision pool": (chat_body("small", "?", picture=0), 400, IMAGE),
     "prompt longer than the context": (chat_body("tiny", "word " * 6000), 400, "messages"),
     "answer longer than the context": (HELLO | {"max_tokens": 5000}, 400, "max_tokens"),

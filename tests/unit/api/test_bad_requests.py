@@ -23,6 +23,18 @@ def tool(**function: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def answered(call_id: str | None) -> dict[str, Any]:
+    """A conversation in which a tool answers `call_id`, where `call_1` was asked."""
+    call = {"id": "call_1", **tool(name="f", arguments="{}")}
+    return {
+        "messages": [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "tool_calls": [call, tool(name="f", arguments="{}")]},
+            {"role": "tool", "content": "y", "tool_call_id": call_id},
+        ]
+    }
+
+
 CHAT = [  # fields that differ from a good body, status, param
     ({"model": None}, 400, "model"),
     ({"model": 7}, 400, "model"),
@@ -52,6 +64,11 @@ CHAT = [  # fields that differ from a good body, status, param
     (content([{"type": "image_url", "image_url": {}}]), 400, "messages[0].content[0].image_url.url"),
     (content([{"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}}]), 400, "messages[0].content[0].image_url.url"),
     (content([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]), 400, "messages[0].content[0].image_url.url"),
+    (content([{"type": "video_url"}]), 400, "messages[0].content[0].video_url"),
+    (content([{"type": "video_url", "video_url": {"url": "http://10.0.0.1/"}}]), 400, "messages[0].content[0].video_url.url"),
+    (content([{"type": "video_url", "video_url": {"url": "data:,", "fps": "2"}}]), 400, "messages[0].content[0].video_url.fps"),
+    (content([{"type": "video_url", "video_url": {"url": "data:,", "fps": float("nan")}}]), 400, "messages[0].content[0].video_url.fps"),
+    (content([{"type": "video_url", "video_url": {"url": "data:,", "max_frames": 2.5}}]), 400, "messages[0].content[0].video_url.max_frames"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"type": "function", "function": "f"}]}]}, 400, "messages[0].tool_calls[0].function"),
     ({"max_tokens": 0}, 400, "max_tokens"),
     ({"max_tokens": -1}, 400, "max_tokens"),
@@ -108,6 +125,13 @@ CHAT = [  # fields that differ from a good body, status, param
     ({"tools": [tool(name="f")] * 3}, 400, "tools"),
     ({"tools": [tool()]}, 400, "tools[0].function.name"),
     ({"tool_choice": "required"}, 400, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice"),
+    ({"parallel_tool_calls": False}, 400, "parallel_tool_calls"),
+    ({"reasoning_effort": "huge"}, 400, "reasoning_effort"),
+    ({"enable_thinking": "no"}, 400, "enable_thinking"),
+    (answered(None), 400, "messages[2].tool_call_id"),
+    (answered("call_2"), 400, "messages[2].tool_call_id"),
+    ({"messages": answered("call_1")["messages"][2:]}, 400, "messages[0].tool_call_id"),
     ({"logprobs": True}, 400, "logprobs"),
     ({"top_logprobs": 3}, 400, "top_logprobs"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),

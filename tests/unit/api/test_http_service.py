@@ -56,6 +56,7 @@ async def test_chat_whole() -> None:
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
         "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert "timeline" not in body
     assert backend.finished == [f"{body['id']}-0"]

@@ -83,6 +83,44 @@ def test_turns_pictures_and_commands(typed: Callable[[str], None], tmp_path: Pat
     assert third == [{"role": "user", "content": "three"}]
 
 
+def test_reasoning_and_calls_are_told_apart_and_not_sent_back(
+    typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(index: int, **function: str) -> dict[str, Any]:
+        return {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": index, "function": function}]}}]}
+
+    deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": "wh"}, {"reasoning_content": "y"}]
+    events: list[dict[str, Any] | str] = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    events += [piece("Hel"), piece("lo"), call(0, name="f", arguments=""), call(0, arguments="{}"), call(1, name="g")]
+    server = Fake(lambda _: sse(*events, "[DONE]"))
+    typed("again\n")
+    assert server.run(prompt="x") == 0
+    assert "thinking: why\nHello\ncall 1: f {}\ncall 2: g \n" in capsys.readouterr().out
+    assert server.bodies[1]["messages"][1] == {"role": "assistant", "content": "Hello"}
+
+
+def test_videos(typed: Callable[[str], None], tmp_path: Path) -> None:
+    (tmp_path / "dance.gif").write_bytes(b"moves")
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for name in ("2.jpg", "10.txt", "1.JPEG"):
+        (frames / name).write_bytes(name.encode())
+    server = Fake(hello)
+    typed(f"/video {frames}\ntwo\n")
+    assert server.run(videos=[str(tmp_path / "dance.gif")], prompt="one") == 0
+    urls = [body["messages"][-1]["content"][0]["video_url"]["url"] for body in server.bodies]
+    encoded = [base64.b64encode(data).decode() for data in (b"moves", b"1.JPEG", b"2.jpg")]
+    assert urls == [f"data:image/gif;base64,{encoded[0]}", f"data:video/jpeg;base64,{encoded[1]},{encoded[2]}"]
+
+
+@pytest.mark.parametrize("name", ["missing.gif", "film.mp4", "empty"])
+def test_an_unusable_video(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "film.mp4").write_bytes(b"container")
+    (tmp_path / "empty").mkdir()
+    assert Fake(hello).run(videos=[str(tmp_path / name)], prompt="x", once=True) == 1
+    assert name in capsys.readouterr().err
+
+
 def test_the_end_of_input_ends_the_chat(typed: Callable[[str], None]) -> None:
     typed("")
     assert Fake(hello).run() == 0
@@ -132,8 +170,9 @@ def test_options_are_those_of_run(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     chat.add_arguments(parser)
     args = parser.parse_args(
-        ["hi", "--image", "a.png", "--image", "b.png", "--no-thinking", "--url", "http://127.0.0.1:9"]
+        ["hi", "--image", "a.png", "--image", "b.png", "--video", "c", "--no-thinking", "--url", "http://127.0.0.1:9"]
     )
+    assert args.videos == ["c"]
     assert (args.prompt, args.images, args.thinking, args.model) == ("hi", ["a.png", "b.png"], False, None)
     assert chat.main(args) == 1  # nobody listens on that port
     assert "cannot be reached" in capsys.readouterr().err

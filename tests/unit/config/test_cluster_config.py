@@ -59,6 +59,8 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
         (lambda: ApiConfig(host=""), "host is empty"),
         (lambda: ApiConfig(port=65536), "port = 65536 must be between 1 and 65535"),
         (lambda: ApiConfig(max_images=-1), "max_images = -1"),
+        (lambda: ApiConfig(max_videos=-1), "max_videos = -1"),
+        (lambda: ApiConfig(max_video_frames=1), "max_video_frames = 1 must be at least 2"),
         (lambda: ApiConfig(max_json_depth=2), "max_json_depth = 2 must be at least 8"),
         (lambda: ApiConfig(request_timeout_s=math.inf), "request_timeout_s = inf"),
         (lambda: ClusterConfig(models=()), "models is empty"),

@@ -62,6 +62,13 @@ def load(text: str, *overrides: str, env: dict[str, str] | None = None) -> Clust
 TINY = "models: [{preset: tiny, path: /t}]\n"
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\u2029 ", "\n", "数", "\ufeff"])
+def test_odd_letters_survive_the_dump(text: str) -> None:
+    (model,) = load(TINY).models
+    config = ClusterConfig((model,), api=ApiConfig(host=text))
+    assert load(dump_config(config)) == config
+
+
 @given(CONFIGS)
 def test_what_is_dumped_loads_back_equal(config: ClusterConfig) -> None:
     assert load(dump_config(config)) == config

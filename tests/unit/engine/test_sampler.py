@@ -82,16 +82,17 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 def naive_kept(logits: list[float], params: SamplingParams) -> set[int]:
-    """Ranked by logit, ties by id: first k, then until top_p is reached, then those not far below the likeliest."""
+    """Ranked by logit, ties by id: first k, of these until top_p is reached, then those not far below the likeliest."""
     top = max(logits)
     weights = [math.exp((x - top) / params.temperature) for x in logits]
-    probs = [w / sum(weights) for w in weights]
+    ranked = sorted(range(len(logits)), key=lambda t: (-logits[t], t))[: params.top_k or None]
+    total = sum(weights[t] for t in ranked)
     kept, reached = set(), 0.0
-    for rank, token in enumerate(sorted(range(len(logits)), key=lambda t: (-logits[t], t))):
-        if (rank == 0 or not params.top_k or rank < params.top_k) and (rank == 0 or reached < params.top_p):
+    for rank, token in enumerate(ranked):
+        if rank == 0 or reached < params.top_p:
             kept.add(token)
-        reached += probs[token]
-    return {t for t in kept if probs[t] >= params.min_p * max(probs)}
+        reached += weights[token] / total
+    return {t for t in kept if weights[t] >= params.min_p * max(weights)}
 
 
 def drawn(logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch, **params: object) -> set[int]:
@@ -125,6 +126,7 @@ LOGITS = torch.tensor([0.5, 2.0, -1.0, 2.0, 1.0, 0.0, -0.5, 1.5, 0.25, -0.25, 0.
         {"top_k": 6, "top_p": 0.5},
         {"top_k": 3, "top_p": 0.9},
         {"top_p": 0.8, "min_p": 0.4},
+        {"top_k": 3, "top_p": 0.5},
         {"top_k": 4, "top_p": 0.9, "min_p": 0.1},
     ],
     ids=str,
@@ -250,3 +252,10 @@ def test_who_keeps_all_tokens_keeps_them_beside_one_who_does_not(monkeypatch: py
     alone = sample(logits[:1].clone(), [row()])[0]
     assert alone > 20_000
     assert sample(logits.clone(), [row(), row(top_p=0.5)])[0] == alone
+
+
+def test_a_tiny_repetition_penalty_leaves_numbers() -> None:
+    logits = torch.tensor([[3.0, -2.0, 1.0, 0.0]])
+    tokens = sample(logits, [row(0, temperature=1.0, repetition_penalty=1e-45, output=[0, 1])])
+    assert logits.isfinite().all()
+    assert tokens == [0]

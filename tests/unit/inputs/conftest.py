@@ -10,6 +10,7 @@ from PIL import Image
 
 from ernie_cluster.cli.tiny_checkpoint import Form, write_tiny_checkpoint
 from ernie_cluster.inputs.chat import ChatProcessor
+from ernie_cluster.inputs.messages import PromptLimits
 from ernie_cluster.inputs.tokenizer import Tokenizer
 
 
@@ -27,7 +28,7 @@ def tokenizer(folders: dict[str, Path]) -> Tokenizer:
 
 @pytest.fixture(scope="session", params=["flat", "nested"])
 def processor(request: pytest.FixtureRequest, folders: dict[str, Path]) -> ChatProcessor:
-    return ChatProcessor.from_folder(folders[request.param], served_name="tiny", max_images=4)
+    return ChatProcessor.from_folder(folders[request.param], served_name="tiny", limits=PromptLimits(max_images=4))
 
 
 @pytest.fixture(scope="session")
@@ -49,5 +50,17 @@ def data_url(encoded: Callable[..., bytes]) -> Callable[..., str]:
     def url(size: tuple[int, int] = (112, 84), colour: str = "red") -> str:
         content = encoded(Image.new("RGB", size, colour))
         return "data:image/png;base64," + base64.b64encode(content).decode()
+
+    return url
+
+
+@pytest.fixture(scope="session")
+def gif_url(encoded: Callable[..., bytes]) -> Callable[..., str]:
+    """Data URL of an animated GIF of frames of a size (width, height), a tenth of a second each."""
+
+    def url(num_frames: int = 4, size: tuple[int, int] = (84, 56)) -> str:
+        frames = [Image.new("RGB", size, (9 * i, 50, 50)) for i in range(num_frames)]
+        content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=100)
+        return "data:image/gif;base64," + base64.b64encode(content).decode()
 
     return url

@@ -23,6 +23,10 @@ def picture(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def video(url: str, **wishes: object) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url, **wishes}}
+
+
 def text(content: str) -> dict[str, Any]:
     return {"type": "text", "text": content}
 
@@ -84,9 +88,57 @@ def test_two_pictures_keep_their_order(processor: ChatProcessor, data_url: DataU
         assert ids[media.offset - 1] == start
         assert ids[media.end] == end
     with ThreadPoolExecutor(2) as pool:
-        pooled = chat(replace(processor, map_images=pool.map), content)
+        pooled = chat(replace(processor, map_media=pool.map), content)
     assert [m.media_hash for m in pooled.media] == [m.media_hash for m in request.media]
     assert pooled.prompt_token_ids.tolist() == ids
+
+
+def test_one_video(processor: ChatProcessor, gif_url: DataUrl) -> None:
+    request = chat(processor, [video(gif_url(5)), text("What?")])
+    (media,) = request.media
+    assert (media.kind, media.grid_thw, media.num_tokens) == ("video", (6, 4, 6), 18)
+    assert processor.config.token_ids
+    places = np.flatnonzero(request.prompt_token_ids == processor.config.token_ids.video_patch)
+    assert places.tolist() == list(range(media.offset, media.end))
+    assert request.positions[:, media.offset : media.end].T.tolist() == [
+        [media.offset + pair, media.offset + row, media.offset + column]
+        for pair in range(3)
+        for row in range(2)
+        for column in range(3)
+    ]
+    assert "User: Video 1:<|VIDEO_START|>" in decoded(processor, request)
+
+
+def test_a_video_as_a_list_of_frames(processor: ChatProcessor, data_url: DataUrl) -> None:
+    frames = [data_url((84, 56), colour).partition(",")[2] for colour in ("red", "green", "blue", "red")]
+    url = "data:video/jpeg;base64," + ",".join(frames)
+    (media,) = chat(processor, [video(url)]).media
+    assert (media.kind, media.grid_thw) == ("video", (4, 4, 6))
+    slow = chat(processor, [video(url, source_fps=0.5)]).media[0]
+    assert slow.media_hash != media.media_hash, "other times are drawn"
+    unmarked = replace(processor, video=replace(processor.video, draw_timestamps=False))
+    assert len({chat(unmarked, [video(url, **w)]).media[0].media_hash for w in ({}, {"source_fps": 0.5})}) == 1
+
+
+def test_a_client_chooses_frames(processor: ChatProcessor, gif_url: DataUrl) -> None:
+    url = gif_url(20)  # 2 seconds
+
+    def num_frames(**wishes: object) -> int:
+        return chat(processor, [video(url, **wishes)]).media[0].grid_thw[0]
+
+    assert num_frames() == 16
+    assert num_frames(min_frames=1) == 4
+    assert num_frames(min_frames=1, fps=3) == 6
+    assert num_frames(max_frames=2) == 2
+
+
+def test_pictures_and_videos_keep_their_order(processor: ChatProcessor, data_url: DataUrl, gif_url: DataUrl) -> None:
+    content = [video(gif_url(2)), picture(data_url()), text("a"), video(gif_url(6)), picture(data_url((56, 56)))]
+    request = chat(processor, content)
+    assert [(m.kind, m.num_tokens) for m in request.media] == [("video", 6), ("image", 12), ("video", 18), ("image", 4)]
+    with ThreadPoolExecutor(2) as pool:
+        pooled = chat(replace(processor, map_media=pool.map), content)
+    assert [m.media_hash for m in pooled.media] == [m.media_hash for m in request.media]
 
 
 def test_the_same_picture_has_the_same_hash(processor: ChatProcessor, data_url: DataUrl) -> None:
@@ -103,6 +155,31 @@ def test_control_text_of_a_user_is_harmless(processor: ChatProcessor, data_url: 
     (media,) = beside.media
     assert (beside.prompt_token_ids == patch_id(processor)).sum() == media.num_tokens
     assert (beside.prompt_token_ids[media.offset : media.end] == patch_id(processor)).all()
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+def test_a_prompt_that_opens_the_reasoning_is_known(processor: ChatProcessor, thinking: bool | None) -> None:
+    request = chat(processor, "<think>", enable_thinking=thinking)
+    assert processor.opens_reasoning(request) is (thinking is True)
+
+
+@pytest.mark.parametrize(
+    ("ending", "opens"), [("<think>\n", True), ("\n<think>\n\n</think>\n\n", False), ("", False), ("think>", False)]
+)
+def test_reasoning_opens_by_the_template_s_last_words(processor: ChatProcessor, ending: str, opens: bool) -> None:
+    template = ChatTemplate("User: 你 Assistant: " + ending, control_texts=processor.tokenizer.control_texts)
+    ids = chat(replace(processor, template=template), "x").prompt_token_ids.tolist()
+    letters = processor.tokenizer.encode(processor.tokenizer.decode(ids, skip_special=False), allow_special=False)
+    for prompt in (ids, letters):  # `<think>` as one token, and letter by letter
+        request = processor.completion(prompt, request_id="r", sampling=SamplingParams(max_tokens=1))
+        assert processor.opens_reasoning(request) is opens
+
+
+def test_a_call_without_arguments_is_printed_as_an_object(processor: ChatProcessor) -> None:
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    request = processor.chat(messages, request_id="r", sampling=SamplingParams(max_tokens=8))
+    assert '{"name": "f", "arguments": {}}' in decoded(processor, request)
 
 
 def test_assistant_turns_without_content_and_tool_calls(processor: ChatProcessor) -> None:
@@ -126,7 +203,17 @@ def test_assistant_turns_without_content_and_tool_calls(processor: ChatProcessor
         (picture("data:text/html;base64,QUJD"), ".image_url.url", "text/html"),
         (picture("data:image/png;base64,QUJD"), ".image_url.url", "cannot be decoded"),
         (picture("data:image/png;base64,QU*D"), ".image_url.url", "not valid base64"),
-        ({"type": "input_audio"}, ".type", "'input_audio'"),
+        (video("https://example.org/a.gif"), ".video_url.url", "not a data URL"),
+        (video("data:video/mp4;base64,QUJD"), ".video_url.url", "send an animated GIF"),
+        (video("data:image/gif;base64,QU*D"), ".video_url.url", "not valid base64"),
+        (video("data:video/jpeg;base64,"), ".video_url.url", "0 frames"),
+        (video("data:video/jpeg;base64," + "," * 100_000), ".video_url.url", "more than 5000 frames"),
+        (video("data:image/gif;base64," + "QUFB" * 8_000_000), ".video_url.url", "more than 20971520 bytes"),
+        (video("data:video/jpeg;base64,QUJD", source_fps=0.0), ".video_url.source_fps", "above 0"),
+        (video("data:video/jpeg;base64,QUJD", fps=float("nan")), ".video_url.fps", "fps is nan"),
+        (video("data:video/jpeg;base64,QUJD", max_frames=1000), ".video_url.max_frames", "send 1 to 180"),
+        (video("data:video/jpeg;base64,QUJD", min_frames=0), ".video_url.min_frames", "send 1 to 180"),
+        ({"type": "input_audio"}, ".type", "'input_audio' are not served; send text, image_url or video_url"),
         (text("\ud800"), ".text", "surrogate"),
     ],
 )
@@ -143,17 +230,35 @@ def test_too_many_pictures(processor: ChatProcessor, data_url: DataUrl) -> None:
     assert caught.value.param == "messages[0].content[4].image_url.url"
 
 
+def test_too_many_videos(processor: ChatProcessor, data_url: DataUrl, gif_url: DataUrl) -> None:
+    two = replace(processor, limits=PromptLimits(max_images=4, max_videos=2))
+    media = [*[picture(data_url())] * 4, *[video(gif_url(2))] * 2]
+    assert len(chat(two, media).media) == 6, "either has a count of its own"
+    with pytest.raises(InvalidRequest, match="3 videos, the limit is 2") as caught:
+        chat(two, [*media, video(gif_url(2))])
+    assert caught.value.param == "messages[0].content[6].video_url.url"
+
+
+def test_a_video_longer_than_the_context(processor: ChatProcessor, gif_url: DataUrl) -> None:
+    with pytest.raises(ContextTooLong, match="6 frames of the video take 18 tokens, the context holds 17") as caught:
+        chat(replace(processor, max_model_len=17), [video(gif_url(6))])
+    assert caught.value.param == "messages[0].content[0].video_url.url"
+
+
 def test_no_messages(processor: ChatProcessor) -> None:
     with pytest.raises(InvalidRequest, match="no messages"):
         processor.chat([], request_id="r", sampling=SamplingParams())
 
 
-def test_text_only_models_refuse_pictures(processor: ChatProcessor, data_url: DataUrl) -> None:
+def test_text_only_models_refuse_pictures_and_videos(
+    processor: ChatProcessor, data_url: DataUrl, gif_url: DataUrl
+) -> None:
     blind = replace(processor, config=replace(processor.config, vision=None, token_ids=None))
     assert chat(blind, "a").num_prompt_tokens > 0
-    with pytest.raises(InvalidRequest, match="reads text only") as caught:
-        chat(blind, [picture(data_url())])
-    assert caught.value.param == "messages[0].content[0]"
+    for part in (picture(data_url()), video(gif_url())):
+        with pytest.raises(InvalidRequest, match="reads text only") as caught:
+            chat(blind, [part])
+        assert caught.value.param == "messages[0].content[0]"
 
 
 def test_a_template_that_loses_pictures_is_noticed(processor: ChatProcessor, data_url: DataUrl) -> None:

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ernie_cluster.errors import CheckpointError, InvalidRequest
+from ernie_cluster.inputs.data_url import parse_data_url
 from ernie_cluster.inputs.images import (
     ImageLimits,
     PixelConfig,
     open_image,
-    parse_data_url,
-    prepare_frames,
     prepare_image,
     smart_resize,
     to_patches,
@@ -115,22 +114,6 @@ def test_prepared_image(encoded: Encoded) -> None:
     assert len(media.media_hash) == 32
     other = prepare_image(encoded(noise((112, 84), seed=1)), TINY, LIMITS)
     assert other.media_hash != media.media_hash
-
-
-@pytest.mark.parametrize(("num_frames", "t"), [(1, 2), (2, 2), (5, 6)])
-def test_videos_have_whole_pairs_of_frames(num_frames: int, t: int) -> None:
-    frames = np.stack([np.asarray(noise((84, 56), seed)) for seed in range(num_frames)])
-    media = prepare_frames(frames, TINY)
-    assert media.kind == "video"
-    assert media.grid_thw == (t, 4, 6)
-    assert media.num_tokens == t // 2 * 6
-    per_frame = media.patches.reshape(t, -1)
-    assert (per_frame[num_frames - 1 :] == per_frame[num_frames - 1]).all()
-
-
-def test_frames_of_a_wrong_shape() -> None:
-    with pytest.raises(InvalidRequest, match=r"uint8 \[0, 4, 4, 3\]"):
-        prepare_frames(np.zeros((0, 4, 4, 3), np.uint8), TINY)
 
 
 def colour_at(image: Image.Image, x: int, y: int) -> tuple[int, ...]:

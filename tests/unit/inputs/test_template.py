@@ -70,6 +70,26 @@ def test_layout_of_the_family() -> None:
     assert text_of(FAMILY.render(messages)).endswith("\nAssistant: <think>\n\n</think>\n\n")
 
 
+def test_pictures_and_videos_are_counted_apart() -> None:
+    content = [{"type": "video"}, {"type": "image"}, {"type": "video_url"}]
+    image = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"
+    video = "<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>"
+    rendered = text_of(FAMILY.render([{"role": "user", "content": content}]))
+    assert f"User: Video 1:{video}Picture 1:{image}Video 2:{video}\n" in rendered
+
+
+@pytest.mark.parametrize(
+    ("source", "image", "video"),
+    [
+        ("{% if part.type == 'image_url' %}{% elif part.type == 'video_url' %}{% endif %}", "image_url", "video_url"),
+        ('{% if part["type"] == "image" %}{% elif part["type"] == "video" %}{% endif %}', "image", "video"),
+        ("{% if part.type == 'image_url' %}{% elif part.type == 'video' %}{% endif %}", "image_url", "video"),
+    ],
+)
+def test_how_templates_spell_the_types_of_parts(source: str, image: str, video: str) -> None:
+    assert ChatTemplate(source, control_texts=()).part_types == {"image": image, "video": video}
+
+
 def test_layout_of_tools() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": "你"}}}
     messages = [
@@ -82,6 +102,16 @@ def test_layout_of_tools() -> None:
         '<|begin_of_sentence|>\n<tool_list>\n[{"a": 1}, {"b": 2}]\n</tool_list>\n\nUser: A\nAssistant: '
         f"<think>\nR\n</think>\n\n\n{printed}{printed}<|end_of_sentence|>"
         "User: <tool_output>\nT\n</tool_output>\n\nAssistant: <think>\n\n</think>\n\n"
+    )
+
+
+def test_pictures_of_tools_are_counted_on() -> None:
+    image = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"
+    crop = [{"type": "text", "text": "crop "}, {"type": "image_url"}]
+    messages = [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "tool", "content": crop}]
+    assert text_of(FAMILY.render(messages, enable_thinking=True)) == (
+        f"<|begin_of_sentence|>User: Picture 1:{image}User: <tool_output>\ncrop Picture 2:{image}\n</tool_output>\n"
+        "\nAssistant: <think>"
     )
 
 
