@@ -13,16 +13,14 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from ernie_cluster.actors import background
-from ernie_cluster.actors.links import Link, failure_of, translate
+from ernie_cluster.actors.links import Link, failure_of, router_line, translate
 from ernie_cluster.actors.merge import AttemptFailed, Failure, News, merge
 from ernie_cluster.actors.messages import EncodeTask, ReplicaInfo, Route
-from ernie_cluster.actors.router import find_router
 from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.errors import Overloaded, ReplicaError, ReplicaLost
@@ -43,9 +41,9 @@ class ClusterBackend:
     """Implements `api.backend.Backend`; lives on the API replica's event loop."""
 
     def __init__(self, app: str, config: ClusterConfig) -> None:
-        self._app, self._config = app, config
+        self._config = config
         self._client_id = uuid.uuid4().hex
-        self._router = find_router(app, config)
+        self._router = router_line(app, config)
         self._links: dict[str, Link] = {}
         self._background: set[asyncio.Future[Any]] = set()
 
@@ -84,9 +82,8 @@ class ClusterBackend:
     async def status(self) -> list[ModelStatus]:
         """See `Backend`."""
         try:
-            status: list[ModelStatus] = await asyncio.wait_for(self._router.status.remote(), 1.0)
+            status: list[ModelStatus] = await asyncio.wait_for(self._router.call("status"), 1.0)
         except Exception as e:
-            self._find_router()
             detail = str(translate(e, "the router"))
             return [ModelStatus(m.name, False, detail) for m in self._config.models]
         return status
@@ -98,6 +95,7 @@ class ClusterBackend:
         for link in self._links.values():
             await link.close()
         self._links.clear()
+        await self._router.close()
 
     # ---- one attempt
 
@@ -134,7 +132,7 @@ class ClusterBackend:
         finally:
             for link in links:
                 link.unsubscribe(key)
-            self._in_background(self._end(key, to_abort, opens))
+            self._in_background(self._end(key, to_abort))
 
     async def _acquire(self, request: GenerationRequest, lost: set[str]) -> Route:
         """Ask the router for a path; one that has died is started again and asked again."""
@@ -149,8 +147,8 @@ class ClusterBackend:
         deadline = time.monotonic() + _CALL_TIMEOUT_S
         while True:
             try:
-                call = self._router.acquire.remote(
-                    request.request_id, demand, sorted(lost), self._config.router.lease_timeout_s
+                call = self._router.call(
+                    "acquire", request.request_id, demand, sorted(lost), self._config.router.lease_timeout_s
                 )
                 route: Route = await asyncio.wait_for(call, deadline - time.monotonic())
                 return route
@@ -159,20 +157,12 @@ class ClusterBackend:
                 if not isinstance(error, ReplicaLost) or time.monotonic() + _ROUTER_PAUSE_S > deadline:
                     raise error from None
             await asyncio.sleep(_ROUTER_PAUSE_S)
-            self._find_router()
-
-    def _find_router(self) -> None:
-        """A new handle; the router that it stands for is started if there is none."""
-        self._router = background.call(find_router, self._app, self._config)
 
     def _link(self, info: ReplicaInfo) -> Link:
         """The link to a replica, made when the two first meet."""
         self._links = {k: link for k, link in self._links.items() if not link.is_lost}
         if info.replica_id not in self._links:
-            try:
-                self._links[info.replica_id] = Link(info, self._client_id)
-            except ReplicaLost as e:
-                raise AttemptFailed(Failure(info.replica_id, e, is_told=False)) from None
+            self._links[info.replica_id] = Link(info, self._client_id)
         return self._links[info.replica_id]
 
     def _open(
@@ -182,24 +172,23 @@ class ClusterBackend:
         me = self._client_id
         plain = dataclasses.replace(request, media=tuple(dataclasses.replace(m, patches=None) for m in request.media))
         destination = route.decode.endpoint if route.decode else None
-        prefill = self._links[route.prefill.replica_id].actor
-        calls = [(route.prefill, partial(prefill.open_prefill.remote, me, plain, epoch, destination))]
+        calls: list[tuple[ReplicaInfo, tuple[Any, ...]]] = [
+            (route.prefill, ("open_prefill", me, plain, epoch, destination))
+        ]
         if route.decode is not None:  # first, for prefill waits for its lease
-            decode = self._links[route.decode.replica_id].actor
-            calls.insert(0, (route.decode, partial(decode.open_decode.remote, me, plain, epoch)))
+            calls.insert(0, (route.decode, ("open_decode", me, plain, epoch)))
         if route.encoder is not None:
-            encoder = self._links[route.encoder.replica_id].actor
             task = EncodeTask(request.request_id, epoch, request.media, route.prefill.endpoint)
-            calls.append((route.encoder, partial(encoder.encode.remote, task)))
-        return [background.start(self._watch(call, info, queue)) for info, call in calls]
+            calls.append((route.encoder, ("encode", task)))
+        return [background.start(self._watch(self._links[info.replica_id], call, queue)) for info, call in calls]
 
     @staticmethod
-    async def _watch(call: Callable[[], Awaitable[News | None]], info: ReplicaInfo, queue: asyncio.Queue[News]) -> None:
+    async def _watch(link: Link, call: tuple[Any, ...], queue: asyncio.Queue[News]) -> None:
         """Put into the queue what a call brings: its report, or its failure."""
         try:
-            report = await call()
+            report: News | None = await link.call(*call)
         except Exception as e:
-            queue.put_nowait(failure_of(e, info.replica_id))
+            queue.put_nowait(failure_of(e, link.info.replica_id))
         else:
             if report is not None:
                 queue.put_nowait(report)
@@ -217,22 +206,15 @@ class ClusterBackend:
         """Tell the router when engines hold what it booked; their next snapshots show it."""
         engines = [info.replica_id for info in (route.prefill, route.decode) if info is not None]
         await asyncio.wait(opens[: len(engines)])
-        await self._router.opened.remote(key, engines)
+        await self._router.call("opened", key, engines)
 
     async def _tell_lost(self, replica_id: str) -> None:
-        await self._router.lost.remote(replica_id)
+        await self._router.call("lost", replica_id)
 
-    async def _end(self, key: str, links: Sequence[Link], opens: Sequence[asyncio.Task[None]]) -> None:
+    async def _end(self, key: str, links: Sequence[Link]) -> None:
         """Give everything back, on all replicas side by side; one that is dead must not stand in the others' way."""
-        is_opening = not all(task.done() for task in opens)
-        await asyncio.gather(
-            self._router.release.remote([key]),
-            *(link.actor.abort.remote([key]) for link in links),
-            return_exceptions=True,
-        )
-        if is_opening and links:  # Ray may have let the abort overtake the call that it was to undo
-            await asyncio.wait(opens)
-            await asyncio.gather(*(link.actor.abort.remote([key]) for link in links), return_exceptions=True)
+        aborts = (link.call("abort", [key]) for link in links)
+        await asyncio.gather(self._router.call("release", [key]), *aborts, return_exceptions=True)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         async def quietly() -> None:

@@ -16,6 +16,7 @@ import ray
 
 from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, receive
+from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import Batch, Load, Outcome, Ready
 from ernie_cluster.config.cluster import ClusterConfig, Role
@@ -47,6 +48,8 @@ class EngineRank:
         self._worker = load_worker(config, model, role, num_cpus, self._publish)
         self._receivers = Receivers(self._worker.inbox, actor_name, config.transport)
         self._channels = Channels(self._receivers.endpoint)
+        calls = (self.open_prefill, self.open_decode, self.abort, self.poll)
+        self._server = DirectServer({call.__name__: call for call in calls})
         self._worker.warm_up()
         self._worker.start()
         self._load_s = time.perf_counter() - start
@@ -55,8 +58,9 @@ class EngineRank:
     async def ready(self) -> Ready:
         """Answers once the weights are loaded."""
         self._events()
+        address = await self._server.start(ray.util.get_node_ip_address())
         node_id = ray.get_runtime_context().get_node_id()
-        return Ready(self._receivers.endpoint, node_id, os.getpid(), self._load_s)
+        return Ready(address, self._receivers.endpoint, node_id, os.getpid(), self._load_s)
 
     async def open_prefill(
         self, client_id: str, request: GenerationRequest, epoch: int, destination: Endpoint | None
@@ -114,6 +118,7 @@ class EngineRank:
 
     async def stop(self) -> None:
         """Give transports and thread back."""
+        await self._server.close()
         await asyncio.to_thread(self._worker.stop)
         await asyncio.to_thread(self._channels.close)
         await asyncio.to_thread(self._receivers.close)

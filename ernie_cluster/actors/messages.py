@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ernie_cluster.actors.direct import Address
 from ernie_cluster.config.cluster import Role
 from ernie_cluster.policy.routing import Path
 from ernie_cluster.request import MediaInput, RequestFailed, Span, TokenEvent
@@ -27,6 +28,8 @@ class ReplicaInfo:
     node_id: str
     actor_name: str
     """Name of its rank 0 in `NAMESPACE`."""
+    address: Address
+    """Of its rank 0, for direct calls."""
     endpoint: Endpoint
 
 
@@ -34,6 +37,7 @@ class ReplicaInfo:
 class Ready:
     """What a rank tells when its weights are loaded."""
 
+    address: Address
     endpoint: Endpoint
     node_id: str
     pid: int

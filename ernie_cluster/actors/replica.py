@@ -57,7 +57,9 @@ class PoolReplica:
             ready = ray.get(self._rank.ready.remote())
         except RayActorError as e:
             raise ReplicaLost(f"{replica_id} could not start: {_root_of(e)}") from None
-        self._info = ReplicaInfo(replica_id, incarnation, model, role, ready.node_id, actor_name, ready.endpoint)
+        self._info = ReplicaInfo(
+            replica_id, incarnation, model, role, ready.node_id, actor_name, ready.address, ready.endpoint
+        )
         log.info("%s is ready after %.1f s", replica_id, ready.load_s)
         self._failure: ErnieClusterError | None = None
         self._tasks: list[asyncio.Task[None]] = []

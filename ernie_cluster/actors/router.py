@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from ernie_cluster.actors import background
+from ernie_cluster.actors.direct import Address, DirectServer
 from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route
 from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.config.cluster import ClusterConfig
@@ -60,6 +61,16 @@ class Router:
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._started_s = self._last_seen_s = time.monotonic()
         self._idle_watch: asyncio.Task[None] | None = None
+        self._address: asyncio.Task[Address] | None = None
+
+    async def address(self) -> Address:
+        """Where it takes direct calls; a router that was started again has another one."""
+        self._touch()
+        if self._address is None:
+            calls = (self.acquire, self.opened, self.release, self.lost, self.status)
+            server = DirectServer({call.__name__: call for call in calls})
+            self._address = background.start(server.start(ray.util.get_node_ip_address()))
+        return await self._address
 
     async def register(self, info: ReplicaInfo) -> None:
         """A replica is there, or still there; called every second by each."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, receive
+from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Ready
 from ernie_cluster.config.cluster import ClusterConfig, Role
 from ernie_cluster.errors import TransferFailed
@@ -50,6 +51,7 @@ class VisionRank:
         self._encoder = Encoder.load(config, model, num_cpus)
         self._receivers = Receivers(_NoSink(), actor_name, config.transport)
         self._channels = Channels(self._receivers.endpoint)
+        self._server = DirectServer({"encode": self.encode, "abort": self.abort})
         self._piece_bytes = config.transport.piece_bytes
         self._timeout_s = config.router.lease_timeout_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
@@ -60,8 +62,9 @@ class VisionRank:
 
     async def ready(self) -> Ready:
         """Answers once the weights are loaded."""
+        address = await self._server.start(ray.util.get_node_ip_address())
         node_id = ray.get_runtime_context().get_node_id()
-        return Ready(self._receivers.endpoint, node_id, os.getpid(), self._load_s)
+        return Ready(address, self._receivers.endpoint, node_id, os.getpid(), self._load_s)
 
     async def encode(self, task: EncodeTask) -> EncodeReport:
         """Encode what the prefill replica wants and send it there.
@@ -96,6 +99,7 @@ class VisionRank:
         return True
 
     async def stop(self) -> None:
+        await self._server.close()
         self._thread.shutdown(wait=True, cancel_futures=True)
         await asyncio.to_thread(self._channels.close)
         await asyncio.to_thread(self._receivers.close)

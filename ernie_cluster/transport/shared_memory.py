@@ -45,8 +45,8 @@ from ernie_cluster.transport.wire import Kind
 STAGING_BYTES = 64 << 20
 """Address space per sender; memory is taken only as far as pieces were in flight at once."""
 _MAX_UNACKNOWLEDGED = 1024
-_WINDOW_BYTES = 8 << 20
-"""Pieces on their way take at most this much, or are one: so they are in the cache still when the receiver reads."""
+_WINDOW_BYTES = 4 << 20
+"""Pieces on their way take at most this much, or are two: so the receiver finds them in a cache."""
 _MAX_BACKLOG_BYTES = 1 << 20
 """No further job is started while this much waits for a receiver that does not read."""
 _ACCEPT_PAUSE_S = 0.1
@@ -103,7 +103,7 @@ class SharedMemoryChannel:
             if self._outbox.take(job):
                 self._link.send(wire.encode(Kind.CALL, wire.with_id(job.number, job.body)))
             return 0.0
-        if self._bytes_in_flight and self._bytes_in_flight + job.header.nbytes > _WINDOW_BYTES:
+        if len(self._places) >= 2 and self._bytes_in_flight + job.header.nbytes > _WINDOW_BYTES:
             return wait_s
         offset = self._arena.allocate(job.header.nbytes)
         if offset is None:

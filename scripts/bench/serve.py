@@ -34,6 +34,7 @@ from ray import serve
 
 from ernie_cluster.actors import launch
 from ernie_cluster.actors.app import build_api
+from ernie_cluster.actors.direct import Address, DirectServer
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import NAMESPACE, Batch, Load, ReplicaInfo
 from ernie_cluster.actors.router import find_router
@@ -213,6 +214,10 @@ class NoopRank:
             for request_id in request_ids:
                 self._open.pop(request_id, None)
 
+    async def address(self) -> Address:
+        server = DirectServer({"open_prefill": self.open_prefill, "poll": self.poll, "abort": self.abort})
+        return await server.start(ray.util.get_node_ip_address())
+
     async def snapshot(self) -> Load:
         return Load(0, 0, 0, free_blocks=10_000, total_blocks=10_000)
 
@@ -227,8 +232,9 @@ def measure_streams(folder: str, num_streams: int = 32, max_tokens: int = 600) -
         serve.run(build_api(config, app, []), name=app, route_prefix="/")
         name = f"{app}:noop"
         rank = NoopRank.options(name=name, namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
-        ray.get(rank.snapshot.remote())
-        info = ReplicaInfo("noop", uuid.uuid4().hex, "tiny", "mixed", "here", name, Endpoint("here", None, name))
+        address = ray.get(rank.address.remote())
+        endpoint = Endpoint("here", None, name)
+        info = ReplicaInfo("noop", uuid.uuid4().hex, "tiny", "mixed", "here", name, address, endpoint)
         router = find_router(app, config)
         ray.get(router.register.remote(info))
         url = f"http://127.0.0.1:{config.api.port}"

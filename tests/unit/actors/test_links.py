@@ -1,16 +1,17 @@
-"""What comes out of Ray calls, in words of our own."""
+"""What comes out of calls, in words of our own."""
 
 from __future__ import annotations
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, TaskCancelledError
 
+from ernie_cluster.actors.direct import RemoteFailure
 from ernie_cluster.actors.links import failure_of, translate
-from ernie_cluster.errors import ContextTooLong, EngineFailed, Overloaded, ReplicaLost
+from ernie_cluster.errors import ContextTooLong, EngineFailed, ErnieClusterError, Overloaded, ReplicaLost
 
 
-def told(cause: Exception) -> RayTaskError:
-    return RayTaskError("open_prefill", "a trace", cause)
+def told(cause: ErnieClusterError) -> RemoteFailure:
+    return RemoteFailure(cause)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,6 @@ def told(cause: Exception) -> RayTaskError:
     [
         (told(ContextTooLong("too long")), ContextTooLong, "too long"),
         (told(Overloaded("full", 3.0)), Overloaded, "full"),
-        (told(KeyError("oops")), EngineFailed, "decode-0: KeyError"),
         (Overloaded("full"), Overloaded, "full"),
         (RayActorError(), ReplicaLost, "decode-0 is gone"),
         (ActorDiedError(), ReplicaLost, "decode-0 is gone"),
