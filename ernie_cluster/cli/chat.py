@@ -1,4 +1,7 @@
-"""A chat in the terminal with any server that speaks OpenAI's API. Knows nothing of this package but errors."""
+"""`ernie-cluster chat`: a chat in the terminal with any server that speaks OpenAI's API.
+
+Without a server it serves the packaged model for as long as the chat lasts.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,29 @@ from typing import Any
 
 import httpx
 
+from ernie_cluster.cli.local import server_or_pocket
+from ernie_cluster.cli.remote import DEFAULT_URL, base_url_of, explain, first_model_of, printable, refusal
 from ernie_cluster.errors import ErnieClusterError, InvalidRequest
 
 HELP = "Type a message. /image PATH or /video PATH puts one into the next message, /new starts over, /quit leaves."
+_EXAMPLES = """\
+examples:
+  ernie-cluster chat                                    the server on port 8000, or else the packaged model
+  ernie-cluster chat --image photo.png "What is this?" --once
+  ernie-cluster chat --video film.gif --url http://server:8000/v1 --model ernie-4.5-vl-28b-a3b
+"""
 _ANIMATIONS = {".gif": "image/gif", ".webp": "image/webp", ".png": "image/png", ".apng": "image/apng"}
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the `chat` command; their values are what `run` takes."""
-    parser.description = "Chat with a running server in the terminal."
+    parser.epilog = _EXAMPLES
     parser.add_argument("prompt", nargs="?", help="first message; asked for when absent")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="server (default: %(default)s)")
+    parser.add_argument(
+        "--url",
+        help=f"server (default: {DEFAULT_URL}; when nothing listens there, the packaged model is served for this chat)",
+    )
     parser.add_argument("--model", help="served model name (default: the first that the server lists)")
     parser.add_argument("--image", dest="images", action="append", default=[], metavar="PATH", help="may be repeated")
     parser.add_argument(
@@ -44,17 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """The `chat` command."""
-    return run(
-        args.url,
-        args.model,
-        args.images,
-        args.prompt,
-        args.system,
-        args.max_tokens,
-        args.thinking,
-        args.once,
-        videos=args.videos,
-    )
+    with server_or_pocket(args.url, args.model) as url:
+        return run(
+            url,
+            args.model,
+            args.images,
+            args.prompt,
+            args.system,
+            args.max_tokens,
+            args.thinking,
+            args.once,
+            videos=args.videos,
+        )
 
 
 def run(
@@ -75,10 +90,10 @@ def run(
     Returns:
         Exit code: 0, or 1 when the server cannot be reached, a picture or video cannot be read, or (`once`) there is no answer.
     """
-    base_url = url.rstrip("/").removesuffix("/v1")
+    base_url = base_url_of(url)
     with httpx.Client(base_url=base_url, timeout=TIMEOUT, transport=transport) as client:
         try:
-            chat = Chat(client, model or first_model(client), system, max_tokens, thinking)
+            chat = Chat(client, model or first_model_of(client.get("/v1/models")), system, max_tokens, thinking)
             for path in images:
                 chat.attach(path)
             for path in videos:
@@ -207,29 +222,13 @@ class Chat:
         with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 response.read()
-                raise ErnieClusterError(_message(response))
+                raise ErnieClusterError(refusal(response))
             for line in response.iter_lines():
                 if line == "data: [DONE]":
                     return
                 if line.startswith("data: "):
                     yield from _deltas(json.loads(line[6:]))
         raise ErnieClusterError("the answer broke off; ask again")
-
-
-def first_model(client: httpx.Client) -> str:
-    """Name of the first model that the server lists."""
-    response = client.get("/v1/models")
-    if response.status_code != 200:
-        raise ErnieClusterError(_message(response))
-    try:
-        return str(response.json()["data"][0]["id"])
-    except (ValueError, LookupError, TypeError):
-        raise ErnieClusterError("the server lists no model; name one with --model") from None
-
-
-def printable(text: str) -> str:
-    """Without control characters, with which a model could rule the terminal; line breaks and tabs stay."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable())
 
 
 def _base64(path: Path) -> str:
@@ -254,15 +253,6 @@ def _parts(delta: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"call {call['index'] + 1}: ", name + (function.get("arguments") or "")
 
 
-def _message(response: httpx.Response) -> str:
-    """What an error response says, with its status."""
-    try:
-        text = response.json()["error"]["message"]
-    except (ValueError, LookupError, TypeError):
-        text = response.text[:200] or "no explanation"
-    return f"{text} (HTTP {response.status_code})"
-
-
 def _read_line() -> str | None:
     try:
         return input("> ").strip()
@@ -272,10 +262,5 @@ def _read_line() -> str | None:
 
 
 def _complain(error: Exception, base_url: str) -> int:
-    if isinstance(error, httpx.TransportError):
-        reason = str(error) or type(error).__name__
-        text = f"{base_url} cannot be reached ({reason}); is the server running? Name another one with --url."
-    else:
-        text = str(error)
-    print(printable(text), file=sys.stderr)
+    print(explain(error, base_url), file=sys.stderr)
     return 1

@@ -19,10 +19,11 @@ from ernie_cluster.observe.log import ENV_LEVEL, setup_logging
 
 _EXAMPLES = """\
 examples:
-  ernie-cluster demo                              a toy model on this machine, no GPU needed
+  ernie-cluster demo                              the packaged model on this machine, no GPU needed
+  ernie-cluster chat                              talk to a server, or else to the packaged model
+  ernie-cluster eval                              judge what a server says, skill by skill
   ernie-cluster config cluster.yaml               check a configuration and show all of it
   ernie-cluster serve cluster.yaml --set api.port=9000
-  ernie-cluster chat                              talk to a server that is running
   ernie-cluster COMMAND --help
 
 environment:
@@ -32,8 +33,9 @@ environment:
 
 COMMANDS = {
     "serve": "serve the models of a configuration from a Ray cluster",
-    "demo": "serve a toy model on this machine and ask it something",
-    "chat": "chat with a running server in the terminal",
+    "demo": "see the packaged model look, think, point and zoom",
+    "chat": "chat with a server, or with the packaged model",
+    "eval": "ask a server held-out questions: accuracy per skill",
     "config": "check a configuration and print it with all defaults filled in",
 }
 """Subcommand -> what it does; `ernie_cluster.cli.<subcommand>` does it."""

@@ -2,7 +2,7 @@
 
 Nothing here knows a field by name: the dataclasses' type hints say what is read, `*_bytes` takes sizes ("256MiB") and
 `*_s` durations ("30s"). Later sources win: file, then `ERNIE__API__PORT=9000`, then overrides. A model entry may say
-`preset: 28b`; its other keys replace the preset's, lists as a whole.
+`preset: 28b`; its other keys replace the preset's, lists as a whole. `preset: pocket` needs no other key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.convert import Text, build, plain, unknown_key
-from ernie_cluster.config.presets import PRESETS
+from ernie_cluster.config.presets import PACKAGED, PRESETS
 from ernie_cluster.errors import ConfigError
 
 ENV_PREFIX = "ERNIE__"
@@ -151,8 +151,9 @@ def _expanded(entry: dict[str, Any], where: str) -> dict[str, Any]:
     name = str(own.pop("preset"))
     if name not in PRESETS:
         raise unknown_key(f"{where}.preset", name, PRESETS, what="preset")
-    base = plain(PRESETS[name]("-").models[0])
-    del base["path"]  # required of the entry itself
+    base = plain(PRESETS[name](PACKAGED.get(name, "-")).models[0])
+    if name not in PACKAGED:
+        del base["path"]  # required of the entry itself
     return _overlay(base, own)
 
 

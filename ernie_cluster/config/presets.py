@@ -7,6 +7,7 @@ ViT and resampler are 1.5 and 1.6 GB; computed from the published shapes. KV is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from ernie_cluster.config.cluster import (
     GIB,
@@ -18,10 +19,13 @@ from ernie_cluster.config.cluster import (
     Role,
 )
 
-_TINY_ENGINE = EngineConfig(
+_SMALL_ENGINE = EngineConfig(  # 26,000 tokens of pocket's bf16 KV, 1,280 bytes each; 16,000 of tiny's float32
     kv_cache_bytes=32 * MIB, max_batch_tokens=512, max_num_seqs=16, num_threads=1, max_model_len=4096
 )
-_TINY_CPUS = 0.1  # of a core per replica: the demo's four processes share a laptop
+_SMALL_CPUS = 0.1  # of a core per replica: the demo's four processes share a laptop
+
+POCKET = str(Path(__file__).parents[1] / "data" / "pocket")
+"""Folder of the checkpoint that comes with this package."""
 
 _28B_ENGINE = EngineConfig(  # 58.8 GB of weights + 12.9 GB of KV (224,000 tokens) on one 80 GB GPU
     kv_cache_bytes=12 * GIB, max_batch_tokens=4096, max_num_seqs=64
@@ -33,12 +37,22 @@ _424B_ENGINE = EngineConfig(  # per GPU of 8 x 141 GB: 106 GB of weights + 17.2 
 
 def tiny(path: str) -> ClusterConfig:
     """A toy checkpoint on CPU, as one vision, one prefill and one decode replica."""
-    return _tiny(path, "vision", "prefill", "decode")
+    return _on_cpu("tiny", path, "vision", "prefill", "decode")
 
 
 def tiny_mixed(path: str) -> ClusterConfig:
     """A toy checkpoint on CPU, where one replica does prefill and decode; the baseline to compare with."""
-    return _tiny(path, "vision", "mixed")
+    return _on_cpu("tiny", path, "vision", "mixed")
+
+
+def pocket(path: str = POCKET) -> ClusterConfig:
+    """The packaged model on CPU, as one vision, one prefill and one decode replica."""
+    return _on_cpu("ernie-pocket", path, "vision", "prefill", "decode")
+
+
+def pocket_mixed(path: str = POCKET) -> ClusterConfig:
+    """The packaged model on CPU, where one replica does prefill and decode."""
+    return _on_cpu("ernie-pocket", path, "vision", "mixed")
 
 
 def ernie_28b_a3b(path: str) -> ClusterConfig:
@@ -67,20 +81,25 @@ def ernie_424b_a47b(path: str) -> ClusterConfig:
 PRESETS: Mapping[str, Callable[[str], ClusterConfig]] = {
     "tiny": tiny,
     "tiny-mixed": tiny_mixed,
+    "pocket": pocket,
+    "pocket-mixed": pocket_mixed,
     "28b": ernie_28b_a3b,
     "28b-thinking": ernie_28b_a3b_thinking,
     "424b": ernie_424b_a47b,
 }
 """What `preset:` of a model entry may say; each takes the checkpoint folder."""
 
+PACKAGED: Mapping[str, str] = {"pocket": POCKET, "pocket-mixed": POCKET}
+"""Presets that need no `path:`, and the folder that they serve without one."""
+
 
 def _serve(deployment: ModelDeployment) -> ClusterConfig:
     return ClusterConfig(models=(deployment,))
 
 
-def _tiny(path: str, *roles: Role) -> ClusterConfig:
-    pools = tuple(PoolConfig(role, num_cpus=_TINY_CPUS) for role in roles)
-    return _serve(ModelDeployment("tiny", path, pools, _TINY_ENGINE))
+def _on_cpu(name: str, path: str, *roles: Role) -> ClusterConfig:
+    pools = tuple(PoolConfig(role, num_cpus=_SMALL_CPUS) for role in roles)
+    return _serve(ModelDeployment(name, path, pools, _SMALL_ENGINE))
 
 
 def _gpu_pools(tp: int) -> tuple[PoolConfig, ...]:

@@ -48,16 +48,18 @@ def check_nothing_left(family: set[Process], shared_memory: set[str]) -> None:
 
 def test_demo_says_what_it_does_and_nothing_else(start: Start, tmp_path: Path) -> None:
     program = start("demo", "--once", "--port", str(free_port()), "--keep", str(tmp_path))
-    program.wait_for("ready; asking about", START_S)
+    program.wait_for("ready; the pictures go to", START_S)
     family = program.family()
     shared_memory = shared_memory_of(family)
     code, _ = program.end(60)
     assert code == 0, program.text
     said = [line for line in program.lines if line.strip()]
-    answer = next(i for i, line in enumerate(said) if "What is in this picture?" in line)
-    assert all(re.match(r"\[ *\d+\.\d s\] ", line) for line in said[:answer]), program.text
+    walk = next(i for i, line in enumerate(said) if "1. Look at a picture" in line)
+    assert all(re.match(r"\[ *\d+\.\d s\] ", line) for line in said[:walk]), program.text
     assert re.fullmatch(r"\[ *\d+\.\d s\] stopping\n", said[-1])
-    assert re.search(r"\d+ prompt tokens, 24 output tokens", program.text)
+    assert len(re.findall(r"\d+ prompt tokens, first token after \d+ ms, then \d+ tokens/s", program.text)) == 4
+    assert program.text.count("✓ right") >= 3, program.text  # bf16 rounds a little differently from CPU to CPU
+    assert all((tmp_path / name).exists() for name in re.findall(r"\S+\.png", program.text))
     assert re.search(r"transfer .* [\d,]+ bytes", program.text)
     assert re.search(r"the first token came \d+\.\d s after the start", program.text)
     for noise in ("INFO", "WARNING", "raylet", "Traceback", "\x1b["):

@@ -19,7 +19,7 @@ from ernie_cluster.config.cluster import (
     TransportConfig,
 )
 from ernie_cluster.config.load import dump_config, load_config
-from ernie_cluster.config.presets import PRESETS
+from ernie_cluster.config.presets import PACKAGED, PRESETS
 from ernie_cluster.errors import ConfigError
 
 COUNTS = st.integers(1, 2**40)
@@ -77,6 +77,13 @@ def test_what_is_dumped_loads_back_equal(config: ClusterConfig) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_entry_is_the_preset(name: str) -> None:
     assert load(f"models: [{{preset: {name}, path: /m}}]").models == PRESETS[name]("/m").models
+
+
+@pytest.mark.parametrize(("name", "path"), PACKAGED.items())
+def test_a_packaged_preset_brings_its_path(name: str, path: str) -> None:
+    assert load(f"models: [{{preset: {name}}}]").models == PRESETS[name](path).models
+    (own,) = load(f"models: [{{preset: {name}, path: /m, engine: {{max_num_seqs: 7}}}}]").models
+    assert (own.path, own.engine.max_num_seqs) == ("/m", 7)
 
 
 def test_an_entry_overlays_its_preset() -> None:
