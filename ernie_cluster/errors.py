@@ -6,8 +6,10 @@
     ├── RequestError            one request cannot be served; the others are untouched
     │   ├── InvalidRequest      the client's fault; `param` names the field
     │   │   ├── ContextTooLong  prompt (plus output) exceeds what the model can hold
+    │   │   ├── Unauthorized    no key, or not one that opens this
     │   │   └── UnknownModel    no such model is served here
     │   ├── Overloaded          no room now; `retry_after_s` says when to come back
+    │   │   └── RateLimited     the client has used up what it may use for now
     │   ├── DeadlineExceeded    the request's own deadline has passed
     │   └── Aborted             the client left, or asked us to stop
     └── ReplicaError            something of ours broke
@@ -67,6 +69,10 @@ class ContextTooLong(InvalidRequest):
         super().__init__(message, param, code)
 
 
+class Unauthorized(InvalidRequest):
+    """The request bears no key that opens what it asks for."""
+
+
 class UnknownModel(InvalidRequest):
     """The `model` field names nothing that is served here."""
 
@@ -89,6 +95,12 @@ class Overloaded(RequestError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class RateLimited(Overloaded):
+    """The client has used up what its key may use for now."""
+
+    code = "rate_limit_exceeded"
 
 
 class DeadlineExceeded(RequestError):

@@ -57,6 +57,14 @@ class SamplingParams:
     """Tokens that end the answer beside the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """Go on after an end-of-sequence token until `max_tokens`."""
+    num_logprobs: int | None = None
+    """Likeliest tokens to report with each output token, see `TokenLogprobs`; None reports nothing at all."""
+    grammar: str = ""
+    """What the answer's text must match, as `grammar/write.py` writes it; empty lets anything pass.
+
+    The answer ends with the token after which nothing can follow. Where the grammar lets it end earlier, an
+    end-of-sequence token may be chosen, and ends it whatever `ignore_eos` says. `min_tokens` forbids that token only
+    as long as there is another one."""
 
     @property
     def is_greedy(self) -> bool:
@@ -157,6 +165,19 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities at one output position.
+
+    They are the model's own: the log-softmax of its logits, before penalties, biases and temperature.
+    """
+
+    chosen: float
+    """Of the token that was chosen."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, its value), likeliest first, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """New tokens of one request. The last event of a request, and only that one, bears a finish reason."""
 
@@ -168,6 +189,8 @@ class TokenEvent:
     num_cached_tokens: int = 0
     """Prompt tokens that came from a prefix cache; valid on the last event."""
     spans: tuple[Span, ...] = field(default=())
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token id, if the request asks for them."""
 
 
 @dataclass(frozen=True, slots=True)

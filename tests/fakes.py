@@ -6,13 +6,14 @@ import asyncio
 import codecs
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
-from ernie_cluster.request import FinishReason, GenerationRequest, SamplingParams, Span, TokenEvent
+from ernie_cluster.request import FinishReason, GenerationRequest, SamplingParams, Span, TokenEvent, TokenLogprobs
 
 EOS = 256
 """End token of the byte tokenizer; 0 to 255 are bytes."""
@@ -114,6 +115,7 @@ class FakeBackend:
             reason,
             self.num_cached_tokens if is_last else 0,
             self.spans if is_last else (),
+            () if request.sampling.num_logprobs is None else tuple(map(partial(_logprobs, request.sampling), ids)),
         )
 
     async def status(self) -> list[ModelStatus]:
@@ -123,6 +125,12 @@ class FakeBackend:
 
     async def close(self) -> None:
         self.is_closed = True
+
+
+def _logprobs(sampling: SamplingParams, token_id: int) -> TokenLogprobs:
+    """The chosen token is the likeliest, the ones after it by number follow."""
+    count = sampling.num_logprobs or 0
+    return TokenLogprobs(-0.5, tuple(((token_id + i) % (EOS + 1), -0.5 - i) for i in range(count)))
 
 
 class ByteDetokenizer:
@@ -162,10 +170,12 @@ class FakeProcessor:
         enable_thinking: bool | None,
         tools: list[dict[str, Any]] | None,
         timeout_s: float,
+        add_generation_prompt: bool = True,
+        cache_salt: bytes = b"",
     ) -> GenerationRequest:
         self.calls.append({"messages": messages, "enable_thinking": enable_thinking, "tools": tools})
         prompt = "".join(f"<{m['role']}>{_text(m.get('content'))}" for m in messages)
-        prompt += "<think>" if enable_thinking else ""
+        prompt += "<think>" if enable_thinking and add_generation_prompt else ""
         return self._request(list(bytes_of(prompt)), "messages", request_id, sampling, timeout_s)
 
     def completion(
@@ -192,6 +202,9 @@ class FakeProcessor:
             timeout_s=timeout_s,
         )
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < EOS else b"<eos>"
+
     def opens_reasoning(self, request: GenerationRequest) -> bool:
         return bytes(request.prompt_token_ids[-7:].tolist()) == b"<think>"
 
@@ -203,6 +216,7 @@ def _text(content: str | list[dict[str, Any]] | None) -> str:
     if not isinstance(content, list):
         return content or ""
     for i, part in enumerate(content):
-        if part["type"] == "image_url" and ";base64," not in part["image_url"]["url"]:
+        given = part.get("image_url", {})
+        if part["type"] == "image_url" and "content" not in given and ";base64," not in given["url"]:
             raise InvalidRequest("not a base64 data URL", f"messages[?].content[{i}].image_url.url")
     return "".join(part["text"] if part["type"] == "text" else "#" for part in content)

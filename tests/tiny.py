@@ -17,11 +17,20 @@ from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.engine import Outcome
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
+from ernie_cluster.grammar.compile import Compiler, Vocabulary
 from ernie_cluster.inputs.positions import mrope_positions
+from ernie_cluster.inputs.tokenizer import Tokenizer
 from ernie_cluster.model.build import Role, build_decoder, build_vision
 from ernie_cluster.model.vision import VisionEncoder
 from ernie_cluster.model.weights import Checkpoint, load_decoder, load_vision
-from ernie_cluster.request import GenerationRequest, MediaInput, RequestFailed, SamplingParams, hash_media
+from ernie_cluster.request import (
+    GenerationRequest,
+    MediaInput,
+    RequestFailed,
+    SamplingParams,
+    TokenLogprobs,
+    hash_media,
+)
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
@@ -55,12 +64,23 @@ def tiny_vision() -> VisionEncoder:
     return encoder
 
 
+@functools.cache
+def tiny_tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(tiny_folder())
+
+
+@functools.cache
+def tiny_compiler() -> Compiler:
+    return Compiler(Vocabulary(tiny_tokenizer().text_bytes(tiny_config().text.vocab_size), (2,)))
+
+
 class Outcomes:
     """Collects what a worker emits, by request."""
 
     def __init__(self) -> None:
         self._queue: queue.Queue[Outcome] = queue.Queue()
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
         self.reasons: dict[str, str] = {}
         self.errors: dict[str, Exception] = {}
 
@@ -91,6 +111,7 @@ class Outcomes:
         got = self.tokens.setdefault(outcome.request_id, [])
         assert outcome.index == len(got), f"index {outcome.index} after {len(got)} tokens"
         got.extend(outcome.token_ids)
+        self.logprobs.setdefault(outcome.request_id, []).extend(outcome.logprobs)
         if outcome.finish_reason is not None:
             assert outcome.request_id not in self.reasons, "a request ended twice"
             self.reasons[outcome.request_id] = outcome.finish_reason
@@ -111,7 +132,7 @@ def make_worker(role: Role = "mixed", *, num_blocks: int = 256, **settings: obje
         **settings,
     }
     runner = Runner.around(tiny_decoder(role), num_blocks=num_blocks, block_size=BLOCK_SIZE)  # type: ignore[arg-type]
-    worker = Worker(runner, tiny_config(), WorkerSettings(**values), outcomes)  # type: ignore[arg-type]
+    worker = Worker(runner, tiny_config(), WorkerSettings(**values), outcomes, tiny_compiler())  # type: ignore[arg-type]
     return worker, outcomes
 
 
@@ -169,8 +190,17 @@ def give_embeds(worker: Worker, request: GenerationRequest) -> None:
 
 def run_mixed(worker: Worker, requests: list[GenerationRequest]) -> None:
     """Open requests on a worker that is not started, and step until nothing is left."""
+    engine = worker.engine
     for request in requests:
         worker.open_prefill(request, 0, None)
         give_embeds(worker, request)
-    while worker.engine.step():
+    while engine.step() or _wait_for_grammars(worker):
         worker.check()
+
+
+def _wait_for_grammars(worker: Worker) -> bool:
+    """Whether sequences waited for their grammars, and have them now."""
+    engine = worker.engine
+    with engine.lock:
+        is_waiting = any(s.constraint is not None and not s.constraint.is_ready for s in engine.sequences.values())
+        return is_waiting and engine.lock.wait_for(engine.has_work, 60.0)

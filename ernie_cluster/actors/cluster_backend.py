@@ -83,9 +83,9 @@ class ClusterBackend:
         """See `Backend`."""
         try:
             status: list[ModelStatus] = await asyncio.wait_for(self._router.call("status"), 1.0)
-        except Exception as e:
-            detail = str(translate(e, "the router"))
-            return [ModelStatus(m.name, False, detail) for m in self._config.models]
+        except Exception as e:  # which may name addresses and paths, and everybody may ask
+            log.warning("no status: %s", translate(e, "the router"))
+            return [ModelStatus(m.name, False, "the router does not answer") for m in self._config.models]
         return status
 
     async def close(self) -> None:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 
 from fastapi import FastAPI
 
 from ernie_cluster.actors import process
 from ernie_cluster.actors.cluster_backend import ClusterBackend
+from ernie_cluster.api.cors import allow_origins
+from ernie_cluster.api.decoders import DecoderLimits, Decoders
+from ernie_cluster.api.fetcher import Fetcher
+from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
+from ernie_cluster.api.keys import KeyRing
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.config.cluster import ApiConfig, ClusterConfig
 from ernie_cluster.inputs.chat import ChatProcessor
+from ernie_cluster.inputs.clip import VideoLimits
+from ernie_cluster.inputs.fetch import FetchRules
 from ernie_cluster.inputs.images import ImageLimits
-from ernie_cluster.inputs.messages import PromptLimits
-from ernie_cluster.inputs.video import VideoLimits
+from ernie_cluster.inputs.media_cache import MediaCache, cached
+from ernie_cluster.inputs.messages import MapMedia, PromptLimits
 from ernie_cluster.observe.log import setup_logging
-from ernie_cluster.observe.metrics import PrometheusMetrics
+from ernie_cluster.observe.metrics import Metrics, PrometheusMetrics
 
 
 def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
@@ -27,13 +35,55 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
     def build() -> FastAPI:
         process.share_interpreter()
         setup_logging(os.environ.get("ERNIE_LOG_LEVEL", "INFO"))
-        processors = {m.name: make_processor(config, m.name) for m in config.models}
-        return create_app(ClusterBackend(app, config), processors, api_limits(config), PrometheusMetrics())
+        map_media = media_mapper(config)
+        processors = {m.name: make_processor(config, m.name, map_media) for m in config.models}
+        metrics = PrometheusMetrics()
+        guard = make_guard(config.api, metrics)
+        fetcher = Fetcher(fetch_rules(config.api))
+        api = create_app(ClusterBackend(app, config), processors, api_limits(config), metrics, guard, fetcher)
+        if config.api.cors_origins:
+            allow_origins(api, config.api.cors_origins)
+        return api
 
     return build
 
 
-def make_processor(config: ClusterConfig, model: str) -> ChatProcessor:
+def make_guard(api: ApiConfig, metrics: Metrics) -> Guard:
+    """The door of this replica; raises ConfigError when the keys cannot be read."""
+    return Guard(
+        None if api.keys_file is None else KeyRing(api.keys_file, time.monotonic),
+        admin_sha256=api.admin_key_sha256,
+        isolate_prefix_cache=api.isolate_prefix_cache,
+        metrics=metrics,
+        clock=time.monotonic,
+    )
+
+
+def media_mapper(config: ClusterConfig) -> MapMedia:
+    """How pictures and videos are prepared; the processes live as long as this one, and are only there to be used."""
+    api, can_see = config.api, any(m.has_vision_pool for m in config.models)
+    map_media: MapMedia = map
+    if api.decode_processes and can_see:
+        limits = DecoderLimits(api.decode_timeout_s, api.decode_memory_bytes)
+        map_media = Decoders(api.decode_processes, limits).map
+    return cached(MediaCache(api.media_cache_bytes), map_media) if api.media_cache_bytes else map_media
+
+
+def fetch_rules(api: ApiConfig) -> FetchRules:
+    """What may be fetched for a request; all of it together no more than a body may bring along."""
+    return FetchRules(
+        hosts=api.media_hosts,
+        folder=api.media_folder,
+        allow_private=api.media_allow_private,
+        max_image_bytes=api.max_image_bytes,
+        max_video_bytes=api.max_video_bytes,
+        max_total_bytes=api.max_body_bytes,
+        max_urls=api.max_images + api.max_videos,
+        timeout_s=api.media_timeout_s,
+    )
+
+
+def make_processor(config: ClusterConfig, model: str, map_media: MapMedia = map) -> ChatProcessor:
     """The input side of one model: tokenizer, template, pictures."""
     deployment, api = config.model(model), config.api
     processor = ChatProcessor.from_folder(
@@ -41,6 +91,7 @@ def make_processor(config: ClusterConfig, model: str) -> ChatProcessor:
         served_name=model,
         max_model_len=deployment.engine.max_model_len,
         limits=prompt_limits(api, can_see=deployment.has_vision_pool),
+        map_media=map_media,
     )
     pixels = dataclasses.replace(
         processor.pixels,

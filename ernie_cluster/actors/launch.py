@@ -86,6 +86,10 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
         ConfigError: not ready within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
+    if config.api.is_open_to_strangers:
+        report(
+            f"warning: api.keys_file is not set, so whoever reaches {config.api.host}:{config.api.port} may use the models"
+        )
     report("starting Serve")
     router = find_router(app_name, config)  # its process starts while Serve's do
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)

@@ -12,6 +12,8 @@ from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.errors import ConfigError
+from ernie_cluster.grammar.compile import Compiler, Vocabulary
+from ernie_cluster.inputs.tokenizer import Tokenizer, end_token_ids
 
 
 def load_worker(
@@ -63,4 +65,11 @@ def load_worker(
             can_encode=role != "decode",
         ),
         emit,
+        Compiler(load_vocabulary(deployment.path, shape.text.vocab_size)),
     )
+
+
+def load_vocabulary(folder: str, size: int) -> Vocabulary:
+    """What the model of a checkpoint folder can say, `size` token ids wide; raises CheckpointError."""
+    tokenizer = Tokenizer.from_folder(folder)
+    return Vocabulary(tokenizer.text_bytes(size), end_token_ids(folder, tokenizer))

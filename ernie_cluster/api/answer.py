@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self, cast
 
 from ernie_cluster.api.backend import Backend
+from ernie_cluster.api.logprobs import ShownToken, ShownTokens
 from ernie_cluster.api.markup import AnswerParser, Pieces
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.processor import Detokenizer, Processor
@@ -34,11 +35,18 @@ class Delta:
     num_tokens: int = 0
     finish_reason: str | None = None
     """A `FinishReason` or `TOOL_CALLS`."""
+    tokens: list[ShownToken] | None = None
+    """Behind the content, with log-probabilities; None when nobody asked for them."""
 
     def add(self, later: Delta) -> None:
+        """Append what came later, whose calls and tokens are taken over."""
         self.pieces.add(later.pieces)
         self.num_tokens += later.num_tokens
         self.finish_reason = later.finish_reason
+        if self.tokens is None:
+            self.tokens = later.tokens
+        else:
+            self.tokens += later.tokens or ()
 
 
 @dataclass(slots=True)
@@ -49,6 +57,8 @@ class ChoiceText:
     request: GenerationRequest
     detokenizer: Detokenizer
     parser: AnswerParser
+    shown: ShownTokens | None = None
+    """Where log-probabilities were asked for."""
     num_tokens: int = 0
     num_reasoning_tokens: int = 0
     num_cached_tokens: int = 0
@@ -67,29 +77,41 @@ class ChoiceText:
             raise ReplicaError(f"token {event.index} of the answer came where token {self.num_tokens} was due")
         if event.finish_reason is FinishReason.ABORT:
             raise Aborted("the request was aborted before it was finished")
+        if self.shown is not None and len(event.logprobs) != len(event.token_ids):
+            raise ReplicaError(f"{len(event.token_ids)} tokens came with {len(event.logprobs)} log-probabilities")
         pieces = Pieces()
         ids = event.token_ids[: -1 if self._ends_with_stop_token(event) else None]
-        for position, token_id in enumerate(ids, start=event.index):
-            pieces.add(self._push(position, token_id))
+        for i, token_id in enumerate(ids):
+            text = self.detokenizer.push((token_id,))
+            if self.shown is not None:
+                self.shown.push(token_id, event.logprobs[i], len(text))
+            pieces.add(self._push(event.index + i, text))
         self.num_tokens += len(event.token_ids)
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
         self.spans += event.spans
         self.finish_reason = event.finish_reason
         if event.finish_reason is not None:
-            pieces.add(self.parser.push(self.detokenizer.flush()))
+            pieces.add(self.parser.push(self._rest()))
         if event.finish_reason is not None or self.parser.is_stopped:
             pieces.add(self.parser.flush())
         if self.parser.is_stopped or event.finish_reason is FinishReason.STOP:
             self.finish_reason = TOOL_CALLS if self.parser.has_calls else FinishReason.STOP
-        return Delta(self.index, pieces, len(event.token_ids), self.finish_reason)
+        tokens = self.shown.take(self.parser, len(pieces.content)) if self.shown is not None else None
+        return Delta(self.index, pieces, len(event.token_ids), self.finish_reason, tokens)
 
-    def _push(self, position: int, token_id: int) -> Pieces:
+    def _push(self, position: int, text: str) -> Pieces:
         was_reasoning = self.parser.is_reasoning
         # no stop string may end the answer before min_tokens
         is_searched = position >= self.request.sampling.min_tokens
-        pieces = self.parser.push(self.detokenizer.push((token_id,)), is_searched=is_searched)
+        pieces = self.parser.push(text, is_searched=is_searched)
         self.num_reasoning_tokens += was_reasoning or self.parser.is_reasoning
         return pieces
+
+    def _rest(self) -> str:
+        text = self.detokenizer.flush()
+        if self.shown is not None:
+            self.shown.extend(len(text))
+        return text
 
     def _ends_with_stop_token(self, event: TokenEvent) -> bool:
         stop_tokens = self.request.eos_token_ids + self.request.sampling.stop_token_ids
@@ -112,7 +134,13 @@ class Answer:
         self._backend = backend
         self._num_answers = job.num_answers
         self.choices: Sequence[ChoiceText] = [
-            ChoiceText(i, request, processor.detokenizer(), AnswerParser(job.markup, StopStringFilter(job.stop)))
+            ChoiceText(
+                i,
+                request,
+                processor.detokenizer(),
+                AnswerParser(job.markup, StopStringFilter(job.stop)),
+                ShownTokens(processor.token_bytes) if request.sampling.num_logprobs is not None else None,
+            )
             for i, request in enumerate(job.requests)
         ]
         self._pending: dict[int, Delta] = {}

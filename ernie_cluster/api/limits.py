@@ -11,6 +11,9 @@ from ernie_cluster.errors import ConfigError
 class ApiLimits:
     """How much one client, and all clients together, may ask for."""
 
+    max_headers: int = 100
+    max_header_bytes: int = 64 * 2**10
+    """All names and values together."""
     max_body_bytes: int = 32 * 2**20
     """Largest request body; pictures travel in it as base64, a third larger than the files."""
     body_timeout_s: float = 60.0
@@ -27,6 +30,8 @@ class ApiLimits:
     """Most answers per prompt."""
     max_stop: int = 16
     """Most stop strings."""
+    max_grammar_bytes: int = 65_536
+    """Longest schema, regular expression or list of choices that an answer must fit."""
     default_max_tokens: int = 256
     """Answer length when the client names none; the rest of the context where that is smaller."""
     request_timeout_s: float = 600.0

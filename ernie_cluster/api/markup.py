@@ -43,6 +43,8 @@ class Markup:
     """maybe: the answer may begin with `<think>`. open: the prompt ended with it."""
     has_tools: bool = False
     """Tools were offered, so `<tool_call>` means something."""
+    is_one_call: bool = False
+    """The answer ends with its first call."""
 
 
 @dataclass(slots=True)
@@ -55,6 +57,8 @@ class CallPiece:
     """Of the function; with the call's first piece only."""
     arguments: str
     """JSON text. All pieces together are an object, if the model wrote one."""
+    content_offset: int = 0
+    """Characters of the answer's content that stand before the call; valid with the call's first piece."""
 
 
 @dataclass(slots=True)
@@ -93,6 +97,7 @@ class AnswerParser:
 
     def __init__(self, markup: Markup, stops: StopStringFilter) -> None:
         self._stops = stops
+        self._is_one_call = markup.is_one_call
         self._marks: tuple[str, ...] = (CALL_START,) if markup.has_tools else ()
         """That end a stretch of content."""
         self._state = {"none": self._content, "maybe": self._begin, "open": self._reasoning}[markup.reasoning]
@@ -106,7 +111,14 @@ class AnswerParser:
         self._content_breaks = _LineBreaks()
         self._reasoning_breaks = _LineBreaks()
         self._num_calls = 0
+        self._num_content = 0
+        """Characters of content that have been given out."""
         self._was_wrapped = False
+        self._is_call_over = False
+        self.num_read = 0
+        """Characters of the answer's text that have found their place."""
+        self.passed: list[tuple[int, int]] = []
+        """[start, end) of the text that is content, in ascending order; the end of it may be held back, or dropped."""
 
     @property
     def is_reasoning(self) -> bool:
@@ -115,8 +127,13 @@ class AnswerParser:
 
     @property
     def is_stopped(self) -> bool:
-        """A stop string was found; from then on nothing passes."""
-        return self._stops.matched is not None
+        """A stop string was found, or the only call is complete; from then on nothing passes."""
+        return self._stops.matched is not None or (self._is_one_call and self._is_call_over)
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended the answer."""
+        return self._stops.matched
 
     @property
     def has_calls(self) -> bool:
@@ -141,6 +158,7 @@ class AnswerParser:
         while not self.is_stopped and self._state(is_last):
             pass
         out, self._out = self._out, Pieces()
+        self._num_content += len(out.content)
         return out
 
     # States
@@ -208,6 +226,7 @@ class AnswerParser:
         else:
             self._give_call(*call)
             self._take_mark(end + len(CALL_END) if end >= 0 else len(self._buffer))
+            self._is_call_over = True
         self._state = self._content
         return True
 
@@ -217,6 +236,7 @@ class AnswerParser:
         if text:
             self._out.add(Pieces(calls=[CallPiece(self._num_calls - 1, None, text)]))
         if is_over:
+            self._is_call_over = True
             self._state = self._after_arguments
         return is_over
 
@@ -266,16 +286,21 @@ class AnswerParser:
     def _take(self, num_chars: int) -> str:
         taken, self._buffer = self._buffer[:num_chars], self._buffer[num_chars:]
         self._num_unsearched = max(0, self._num_unsearched - num_chars)
+        self.num_read += len(taken)
         return taken
 
     def _pass(self, num_chars: int) -> None:
         """Let text through as content, up to the first stop string."""
-        num_free = self._num_unsearched
+        num_free, start = self._num_unsearched, self.num_read
         text = self._take(num_chars)
+        if self.passed and self.passed[-1][1] == start:
+            start, _ = self.passed.pop()
+        self.passed.append((start, self.num_read))
         self._out.content += self._content_breaks.push(text[:num_free] + self._stops.push(text[num_free:]))
 
     def _give_call(self, name: str, arguments: str = "") -> None:
-        self._out.calls.append(CallPiece(self._num_calls, name, arguments))
+        offset = self._num_content + len(self._out.content)
+        self._out.calls.append(CallPiece(self._num_calls, name, arguments, offset))
         self._num_calls += 1
 
 

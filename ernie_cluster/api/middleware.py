@@ -1,4 +1,4 @@
-"""The outermost layer: gives each request its id, and turns what nobody caught into an answer."""
+"""The outermost layers: each request gets its id, what nobody caught becomes an answer, and headers have a bound."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.openai import encode
-from ernie_cluster.api.status import error_body, error_headers, status_of
+from ernie_cluster.api.status import error_body_at, error_headers, status_of
 from ernie_cluster.observe.log import bind_request_id
 
 _log = logging.getLogger(__name__)
@@ -49,11 +51,32 @@ class Boundary:
                 _log.exception("request failed")
                 if is_started:
                     raise  # the server closes the connection: the client must not take a part for the whole
-                await _send_error(e, send_with_id)
+                await send_error(e, send_with_id, scope["path"])
 
 
-async def _send_error(exc: Exception, send: Send) -> None:
+class HeaderLimit:
+    """Refuses requests with too many or too large headers, before anything of them is looked at."""
+
+    def __init__(self, app: ASGIApp, limits: ApiLimits) -> None:
+        self._app = app
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers, limits = scope.get("headers", ()), self._limits
+        num_bytes = sum(len(name) + len(value) for name, value in headers)
+        if scope["type"] != "http" or (len(headers) <= limits.max_headers and num_bytes <= limits.max_header_bytes):
+            await self._app(scope, receive, send)
+            return
+        words = (
+            f"{len(headers)} headers of {num_bytes} bytes; the limits are {limits.max_headers} and "
+            f"{limits.max_header_bytes} bytes"
+        )
+        await send_error(HTTPException(431, words), send, scope["path"])
+
+
+async def send_error(exc: Exception, send: Send, path: str = "") -> None:
+    """A whole response, for those who stand outside the app and its handlers; the path says in which API's form."""
     headers = {"content-type": "application/json", **error_headers(exc)}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status_of(exc).http, "headers": raw})
-    await send({"type": "http.response.body", "body": encode(error_body(exc))})
+    await send({"type": "http.response.body", "body": encode(error_body_at(path, exc))})

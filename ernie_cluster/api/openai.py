@@ -1,44 +1,47 @@
-"""OpenAI's response objects, as plain dicts. A route's form is an object: `CHAT` or `COMPLETION`."""
+"""OpenAI's chat and text completions: response objects as plain dicts, and the two dialects `CHAT` and `COMPLETION`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from ernie_cluster.api.answer import ChoiceText, Delta
-from ernie_cluster.api.markup import CallPiece, Pieces
-from ernie_cluster.api.schemas import ChatBody, CompletionBody, GenerationBody
+from ernie_cluster.api.answer import Answer, ChoiceText, Delta
+from ernie_cluster.api.dialect import Asked, Heading
+from ernie_cluster.api.logprobs import chat_logprobs, completion_logprobs
+from ernie_cluster.api.markup import CallPiece
+from ernie_cluster.api.prepare import Job
+from ernie_cluster.api.schemas import ChatBody, CompletionBody, parse_body
+from ernie_cluster.api.status import error_body
 from ernie_cluster.request import Span
-
-
-@dataclass(frozen=True, slots=True)
-class Heading:
-    """What every object of one answer repeats."""
-
-    response_id: str
-    created: int
-    """Seconds since the epoch."""
-    model: str
 
 
 class ChatForm:
     """`/v1/chat/completions`."""
 
-    body: type[GenerationBody] = ChatBody
     id_prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole_choice(self, heading: Heading, index: int, pieces: Pieces, finish_reason: str) -> dict[str, Any]:
+    def read(self, raw: dict[str, Any]) -> Asked:
+        return Asked(parse_body(ChatBody, raw), partial(OpenAiPresentation, self))
+
+    def whole_choice(self, heading: Heading, answer: Delta) -> dict[str, Any]:
+        pieces = answer.pieces
         content = pieces.content or (None if pieces.calls else "")
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if pieces.reasoning:
             message["reasoning_content"] = pieces.reasoning
         if pieces.calls:
-            message["tool_calls"] = [_call(heading, index, call) for call in pieces.calls]
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+            message["tool_calls"] = [_call(heading, answer.index, call) for call in pieces.calls]
+        logprobs = None if answer.tokens is None else chat_logprobs(answer.tokens)
+        return {
+            "index": answer.index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": answer.finish_reason,
+        }
 
     def chunk_choice(self, heading: Heading, delta: Delta, *, is_first: bool) -> dict[str, Any]:
         pieces = delta.pieces
@@ -49,7 +52,8 @@ class ChatForm:
             news["reasoning_content"] = pieces.reasoning
         if pieces.calls:
             news["tool_calls"] = [{"index": c.index, **_call(heading, delta.index, c)} for c in pieces.calls]
-        return {"index": delta.index, "delta": news, "logprobs": None, "finish_reason": delta.finish_reason}
+        logprobs = chat_logprobs(delta.tokens) if delta.tokens else None
+        return {"index": delta.index, "delta": news, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
 
 def _call(heading: Heading, choice: int, call: CallPiece) -> dict[str, Any]:
@@ -63,16 +67,23 @@ def _call(heading: Heading, choice: int, call: CallPiece) -> dict[str, Any]:
 class CompletionForm:
     """`/v1/completions`."""
 
-    body: type[GenerationBody] = CompletionBody
     id_prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def whole_choice(self, heading: Heading, index: int, pieces: Pieces, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": pieces.content, "logprobs": None, "finish_reason": finish_reason}
+    def read(self, raw: dict[str, Any]) -> Asked:
+        return Asked(parse_body(CompletionBody, raw), partial(OpenAiPresentation, self))
+
+    def whole_choice(self, heading: Heading, answer: Delta) -> dict[str, Any]:
+        return {
+            "index": answer.index,
+            "text": answer.pieces.content,
+            "logprobs": None if answer.tokens is None else completion_logprobs(answer.tokens),
+            "finish_reason": answer.finish_reason,
+        }
 
     def chunk_choice(self, heading: Heading, delta: Delta, *, is_first: bool) -> dict[str, Any]:
-        return self.whole_choice(heading, delta.index, delta.pieces, delta.finish_reason)
+        return self.whole_choice(heading, delta)
 
 
 Form = ChatForm | CompletionForm
@@ -80,20 +91,57 @@ CHAT = ChatForm()
 COMPLETION = CompletionForm()
 
 
+class OpenAiPresentation:
+    """Shows the choices of one answer side by side."""
+
+    def __init__(self, form: Form, heading: Heading, job: Job, own_spans: Sequence[Span]) -> None:
+        self._form = form
+        self._heading = heading
+        self._job = job
+        self._own_spans = own_spans
+        self._begun: set[int] = set()
+        """Choices that have had their first event."""
+
+    def whole(self, answer: Answer, choices: Sequence[Delta]) -> dict[str, Any]:
+        return whole(self._form, self._heading, choices, self._usage(answer), self._timeline(answer))
+
+    def news(self, deltas: Sequence[Delta]) -> list[bytes]:
+        """One event per choice that has something to show."""
+        shown = [d for d in deltas if d.pieces or d.finish_reason or d.index not in self._begun]
+        events = [sse(chunk(self._form, self._heading, d, is_first=d.index not in self._begun)) for d in shown]
+        self._begun.update(delta.index for delta in deltas)
+        return events
+
+    def closing(self, answer: Answer) -> list[bytes]:
+        usage = self._usage(answer) if self._job.has_usage else None
+        timeline = self._timeline(answer)
+        if usage is None and timeline is None:
+            return [DONE]
+        return [sse(trailer(self._form, self._heading, usage, timeline)), DONE]
+
+    def failure(self, exc: Exception) -> list[bytes]:
+        return [sse(error_body(exc))]
+
+    def _usage(self, answer: Answer) -> dict[str, Any]:
+        return usage_of(
+            self._job.num_prompt_tokens, answer.num_tokens, answer.num_cached_tokens, answer.num_reasoning_tokens
+        )
+
+    def _timeline(self, answer: Answer) -> list[dict[str, Any]] | None:
+        """The stages of the journey, if they were asked for."""
+        return timeline_of(self._own_spans, answer.choices) if self._job.has_timeline else None
+
+
 def whole(
     form: Form,
     heading: Heading,
-    answers: Sequence[Pieces],
-    choices: Sequence[ChoiceText],
+    answers: Sequence[Delta],
     usage: dict[str, Any],
     timeline: list[dict[str, Any]] | None,
 ) -> dict[str, Any]:
-    """An answer in one piece."""
+    """An answer in one piece; each choice's deltas were added up."""
     body = _object(form.whole_object, heading) | {
-        "choices": [
-            form.whole_choice(heading, choice.index, pieces, str(choice.finish_reason))
-            for choice, pieces in zip(choices, answers, strict=True)
-        ],
+        "choices": [form.whole_choice(heading, answer) for answer in answers],
         "usage": usage,
     }
     return body if timeline is None else body | {"timeline": timeline}
@@ -159,9 +207,10 @@ def encode(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def sse(value: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + encode(value) + b"\n\n"
+def sse(value: Any, name: str | None = None) -> bytes:
+    """One server-sent event; OpenAI's older routes name none."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + encode(value) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

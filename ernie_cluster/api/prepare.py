@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ernie_cluster.api.constraints import grammar_of
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.markup import Markup
+from ernie_cluster.api.media import Fetched, attach
 from ernie_cluster.api.processor import Processor
+from ernie_cluster.api.salt import salt_of, salted
 from ernie_cluster.api.schemas import ChatBody, CompletionBody, GenerationBody, prompts_of
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
 from ernie_cluster.request import GenerationRequest, SamplingParams
@@ -37,7 +40,15 @@ class Job:
 
 
 def prepare(
-    body: GenerationBody, processor: Processor, limits: ApiLimits, *, response_id: str, seed: int, timeout_s: float
+    body: GenerationBody,
+    processor: Processor,
+    limits: ApiLimits,
+    *,
+    response_id: str,
+    seed: int,
+    timeout_s: float,
+    tenant_salt: bytes = b"",
+    fetched: Fetched | None = None,
 ) -> Job:
     """Build the requests of all choices.
 
@@ -48,11 +59,15 @@ def prepare(
         response_id: unique; the requests are called `<response_id>-<choice>`.
         seed: used where the client gives none; answer i of a prompt draws from seed + i.
         timeout_s: what is left of the request's time.
+        tenant_salt: see `salt_of`.
+        fetched: what the chat names by URL.
 
     Raises:
         InvalidRequest: names the field; ContextTooLong: prompt or answer do not fit the model.
+        Overloaded: the answer's format could not be checked in time.
     """
     _check_counts(body, limits)
+    salt = salt_of(tenant_salt, body.cache_salt)
     sampling = sampling_of(body, processor, seed)
     num_answers = body.n or 1
     requests = [
@@ -61,15 +76,21 @@ def prepare(
             request_id=f"{response_id}-{p * num_answers + i}",
             sampling=replace(request.sampling, seed=(sampling.seed + i) % 2**64),
         )
-        for p, prompt in enumerate(_prompts(body, processor, limits, response_id, sampling, timeout_s))
-        for i, request in enumerate([_fit(prompt, body, processor, limits)] * num_answers)
+        for p, prompt in enumerate(
+            _prompts(body, processor, limits, response_id, sampling, timeout_s, salt, fetched or {})
+        )
+        for i, request in enumerate([salted(_fit(prompt, body, processor, limits), salt)] * num_answers)
     ]
+    markup = _markup(body, processor, requests[0])
+    grammar = grammar_of(body, limits.max_grammar_bytes, opens_reasoning=markup.reasoning == "open")
+    if grammar:
+        requests = [replace(r, sampling=replace(r.sampling, grammar=grammar)) for r in requests]
     return Job(
         response_id=response_id,
         requests=tuple(requests),
         num_answers=num_answers,
         stop=tuple(body.stop),
-        markup=_markup(body, processor, requests[0]),
+        markup=markup,
         is_stream=bool(body.stream),
         has_usage=body.stream_options is not None and body.stream_options.include_usage,
         has_timeline=bool(body.include_timeline),
@@ -93,6 +114,7 @@ def sampling_of(body: GenerationBody, processor: Processor, seed: int) -> Sampli
         "frequency_penalty": body.frequency_penalty,
         "stop_token_ids": None if body.stop_token_ids is None else tuple(body.stop_token_ids),
         "ignore_eos": body.ignore_eos,
+        "num_logprobs": body.num_logprobs,
     }
     return SamplingParams(
         seed=(seed if body.seed is None else body.seed) % 2**64,
@@ -108,15 +130,18 @@ def _prompts(
     response_id: str,
     sampling: SamplingParams,
     timeout_s: float,
+    salt: bytes,
+    fetched: Fetched,
 ) -> Iterator[GenerationRequest]:
     if isinstance(body, ChatBody):
-        yield processor.chat(
-            [m.model_dump(exclude_none=True) for m in body.messages],
+        yield chat_prompt(
+            body,
+            processor,
             request_id=response_id,
             sampling=sampling,
-            enable_thinking=body.thinking,
-            tools=[t.model_dump(exclude_none=True) for t in body.offered_tools] or None,
             timeout_s=timeout_s,
+            salt=salt,
+            fetched=fetched,
         )
         return
     assert isinstance(body, CompletionBody)
@@ -126,10 +151,38 @@ def _prompts(
         yield processor.completion(prompt, request_id=response_id, sampling=sampling, timeout_s=timeout_s)
 
 
+def chat_prompt(
+    body: ChatBody,
+    processor: Processor,
+    *,
+    request_id: str,
+    sampling: SamplingParams,
+    timeout_s: float,
+    add_generation_prompt: bool = True,
+    salt: bytes = b"",
+    fetched: Fetched | None = None,
+) -> GenerationRequest:
+    """The request that a conversation makes; arguments and errors as of `Processor.chat` and `prepare`."""
+    return processor.chat(
+        attach([m.model_dump(exclude_none=True) for m in body.messages], fetched or {}),
+        request_id=request_id,
+        sampling=sampling,
+        enable_thinking=body.thinking,
+        tools=[t.model_dump(exclude_none=True) for t in body.offered_tools] or None,
+        timeout_s=timeout_s,
+        add_generation_prompt=add_generation_prompt,
+        cache_salt=salt,
+    )
+
+
 def _markup(body: GenerationBody, processor: Processor, request: GenerationRequest) -> Markup:
     if not isinstance(body, ChatBody):
         return Markup()
-    return Markup("open" if processor.opens_reasoning(request) else "maybe", has_tools=bool(body.offered_tools))
+    return Markup(
+        "open" if processor.opens_reasoning(request) else "maybe",
+        has_tools=bool(body.offered_tools),
+        is_one_call=body.parallel_tool_calls is False,
+    )
 
 
 def _fit(

@@ -55,16 +55,21 @@ class Processor(Protocol):
         enable_thinking: bool | None,
         tools: list[dict[str, Any]] | None,
         timeout_s: float,
+        add_generation_prompt: bool = True,
+        cache_salt: bytes = b"",
     ) -> GenerationRequest:
         """Apply the chat template.
 
         Args:
             messages: OpenAI's form; content is a string, None, or parts of type `text`, `image_url` and `video_url`.
+                What was fetched stands as `content` beside its `url`.
             request_id: unique among all requests.
             sampling: carried over; its `max_tokens` is 1, the caller settles it when the prompt's length is known.
             enable_thinking: True or False where the model can think aloud or not; None leaves it to the template.
             tools: function definitions for the template.
             timeout_s: the request's deadline.
+            add_generation_prompt: let the prompt end where an answer begins, not where the last message ends.
+            cache_salt: whose request this is, see `GenerationRequest`.
 
         Raises:
             InvalidRequest: a picture or message that cannot be used; ContextTooLong: the prompt alone is too long.
@@ -75,6 +80,10 @@ class Processor(Protocol):
         self, prompt: str | list[int], *, request_id: str, sampling: SamplingParams, timeout_s: float
     ) -> GenerationRequest:
         """Take a prompt as it is, text or token ids; errors as in `chat`, and InvalidRequest for a foreign token id."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 that a token stands for, maybe a part of a character; b"" for an id that is no token."""
         ...
 
     def opens_reasoning(self, request: GenerationRequest) -> bool:

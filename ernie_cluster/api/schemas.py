@@ -1,8 +1,6 @@
-"""Request bodies of the two generation routes, in OpenAI's spelling.
+"""Request bodies of OpenAI's chat and text completions; those of other APIs are translated into the first.
 
-Types are strict ("1" and true are no numbers, NaN is none either); unknown fields are ignored, as OpenAI does; fields
-that would change the answer and cannot be honoured are refused by name. Bounds that need the configuration or the
-model are checked in `prepare.py`.
+Bounds that need the configuration or the model are checked in `prepare.py`.
 """
 
 from __future__ import annotations
@@ -10,26 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from ernie_cluster.api.formats import Choices, Regex, ResponseFormat, StructuredOutputs, ToolChoice
+from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, shortened, type_tag, validated
 from ernie_cluster.errors import InvalidRequest
 
+MediaUrl = Annotated[str, Field(pattern=r"^(?i:data:|https?://|file://)")]
+"""Whether it is fetched at all is up to the operator, see `inputs/fetch.py`."""
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 B = TypeVar("B", bound="GenerationBody")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """OpenAI's `stream_options`."""
 
     include_usage: bool = False
 
 
-class TemplateOptions(_Strict):
+class TemplateOptions(Strict):
     """What a client may tell the chat template."""
 
     enable_thinking: bool | None = None
@@ -39,7 +37,7 @@ def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
-class GenerationBody(_Strict):
+class GenerationBody(Strict):
     """What both routes share. None means: not given."""
 
     model: str
@@ -72,9 +70,29 @@ class GenerationBody(_Strict):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    """A JSON schema, or its text."""
+    guided_regex: Regex | None = None
+    guided_choice: Choices | None = None
     user: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """vLLM's: cached prompts and pictures are shared only between requests with the same one."""
     include_timeline: bool | None = None
     """Ours: attach the stages of the request's journey to the answer."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to report with each token; None when no log-probabilities are asked for."""
+        return None
+
+    @property
+    def has_format(self) -> bool:
+        """Whether the answer's form is bound, so that preparing the request takes a while."""
+        formats = (self.structured_outputs, self.guided_json, self.guided_regex, self.guided_choice)
+        is_json = self.response_format is not None and self.response_format.type != "text"
+        return is_json or any(value is not None for value in formats)
 
     @property
     def asked_max_tokens(self) -> tuple[str, int | None]:
@@ -84,19 +102,19 @@ class GenerationBody(_Strict):
         return "max_tokens", self.max_tokens
 
 
-class ImageUrl(_Strict):
-    """The server fetches nothing: a picture travels inside its URL."""
+class ImageUrl(Strict):
+    """A picture, inside its URL or where the operator lets us fetch it."""
 
-    url: Annotated[str, Field(pattern=r"^data:")]
+    url: MediaUrl
 
 
-class VideoUrl(_Strict):
-    """A file, or frames separated by commas, inside its URL; what else is given chooses the frames the model sees.
+class VideoUrl(Strict):
+    """A file, by its URL or inside it, or frames separated by commas; what else is given chooses those the model sees.
 
     Bounds depend on the model and are checked where the frames are chosen.
     """
 
-    url: Annotated[str, Field(pattern=r"^data:")]
+    url: MediaUrl
     fps: float | None = None
     """Frames per second that the model is to see."""
     min_frames: int | None = None
@@ -107,33 +125,25 @@ class VideoUrl(_Strict):
     """Rate at which the frames of a list were taken; files have times of their own."""
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """Words."""
 
     type: Literal["text"]
     text: str
 
 
-class ImagePart(_Strict):
+class ImagePart(Strict):
     """A picture."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class VideoPart(_Strict):
+class VideoPart(Strict):
     """A video."""
 
     type: Literal["video_url"]
     video_url: VideoUrl
-
-
-def _part_tag(part: Any) -> str:
-    return f"<{part.get('type') if isinstance(part, dict) else None}>"
-
-
-def _content_tag(content: Any) -> str:
-    return "<parts>" if isinstance(content, list) else "<text>"
 
 
 Part = Annotated[
@@ -141,25 +151,25 @@ Part = Annotated[
     | Annotated[ImagePart, Tag("<image_url>")]
     | Annotated[VideoPart, Tag("<video_url>")],
     Discriminator(
-        _part_tag,
+        type_tag,
         custom_error_type="part_type",
         custom_error_message="a part must be an object whose type is text, image_url or video_url",
     ),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[Part], Field(min_length=1, fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_tag),
+    Annotated[str, Tag("<text>")] | Annotated[list[Part], Field(min_length=1, fail_fast=True), Tag("<list>")],
+    Discriminator(list_tag),
 ]
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     """A function as the model called it; `arguments` is JSON text."""
 
     name: str
     arguments: str | None = None
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     """A call in an earlier turn of the assistant."""
 
     id: str | None = None
@@ -167,7 +177,7 @@ class ToolCall(_Strict):
     function: CalledFunction
 
 
-class Function(_Strict):
+class Function(Strict):
     """A function that the model may call; `parameters` is a JSON schema, which only the template reads."""
 
     name: str
@@ -175,14 +185,14 @@ class Function(_Strict):
     parameters: dict[str, Any] | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """OpenAI's wrapping of a function."""
 
     type: Literal["function"]
     function: Function
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -200,7 +210,12 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    """False: at most one call."""
+    logprobs: bool | None = None
+    """Report the log-probability of each content token."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     enable_thinking: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
@@ -216,6 +231,19 @@ class ChatBody(GenerationBody):
         return None if self.reasoning_effort is None else self.reasoning_effort not in ("none", "minimal")
 
     @property
+    def must_call(self) -> bool:
+        """Whether the answer is to be calls of tools, and nothing else."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def has_format(self) -> bool:
+        return self.must_call or super().has_format
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
     def offered_tools(self) -> list[Tool]:
         """Those that the model is told of and may call."""
         return [] if self.tool_choice == "none" else self.tools or []
@@ -226,6 +254,11 @@ class CompletionBody(GenerationBody):
 
     prompt: Any
     """See `prompts_of`."""
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -234,12 +267,9 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logprobs": (None, False),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True),
-    "response_format": (None, {"type": "text"}),
+    "guided_grammar": (None,),
     "suffix": (None, ""),
-    "top_logprobs": (None, 0),
 }
 """Fields of OpenAI's that are not supported, and the values with which they ask for nothing."""
 
@@ -250,24 +280,13 @@ def parse_body(kind: type[B], raw: dict[str, Any]) -> B:
     Raises:
         InvalidRequest: names the first field at fault.
     """
-    for name, harmless in _HARMLESS.items():
-        value = raw.get(name)
-        if not any(type(value) is type(h) and value == h for h in harmless):
-            raise InvalidRequest(f"{name} is not supported here; leave it out", name, "unsupported_parameter")
-    if kind is ChatBody and raw.get("tool_choice") not in (None, "none", "auto"):
-        raise InvalidRequest(
-            "tool_choice can be auto or none here: a model cannot be made to call a tool yet", "tool_choice"
-        )
-    try:
-        body = kind.model_validate(raw)
-    except ValidationError as e:
-        error = e.errors(include_url=False, include_context=False)[0]
-        param = _param(error["loc"])
-        got = "" if error["type"] == "missing" else f" (got {_short(error['input'])})"
-        raise InvalidRequest(f"{param}: {error['msg']}{got}", param) from None
+    refuse_unsupported(raw, _HARMLESS)
+    body = validated(kind, raw)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only for stream: true", "stream_options")
     if isinstance(body, ChatBody):
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidRequest("top_logprobs is only for logprobs: true", "top_logprobs")
         _check_contents(body.messages)
         _check_tool_answers(body.messages)
     return body
@@ -286,7 +305,8 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
         if not one or not (isinstance(one, str) or _are_tokens(one)):
             param = "prompt" if many is not prompt else f"prompt[{i}]"
             raise InvalidRequest(
-                f"{param}: give a non-empty string, a list of token ids, or a list of these (got {_short(one)})", param
+                f"{param}: give a non-empty string, a list of token ids, or a list of these (got {shortened(one)})",
+                param,
             )
     return many
 
@@ -310,29 +330,7 @@ def _check_tool_answers(messages: Sequence[Message]) -> None:
         elif message.role == "tool" and message.tool_call_id not in call_ids:
             param = f"messages[{i}].tool_call_id"
             raise InvalidRequest(
-                f"{param}: {_short(message.tool_call_id)} answers no call; give the id of one of tool_calls in an "
+                f"{param}: {shortened(message.tool_call_id)} answers no call; give the id of one of tool_calls in an "
                 "assistant message before it",
                 param,
             )
-
-
-def _param(loc: Sequence[int | str]) -> str:
-    """`("messages", 0, "content", "<parts>", 1, "<text>", "text")` is `messages[0].content[1].text`."""
-    out = ""
-    for part in loc:
-        if isinstance(part, int):
-            out += f"[{part}]"
-        elif part == "[key]":
-            break
-        elif not part.startswith("<"):
-            out += f".{part[:64]}" if out else part
-    return out
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    """The value itself if it is a scalar, else its type: errors do not send a client's data back to it."""
-    if isinstance(value, (dict, list)):
-        return f"an object with {len(value)} fields" if isinstance(value, dict) else f"a list of {len(value)}"
-    if isinstance(value, str):
-        return repr(value if len(value) <= limit else value[:limit] + "...")
-    return repr(value)[:limit]

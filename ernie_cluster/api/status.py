@@ -1,6 +1,7 @@
 """What each error looks like on the wire: the one table from our error tree to HTTP, OpenAI and gRPC.
 
-Whatever is not in the tree becomes "internal error": its text may hold addresses, paths or other clients' data.
+Whatever is not in the tree becomes "internal error", and what broke on our side is not told either: such texts may hold
+addresses, paths or other clients' data. The request id leads from the client's words to ours in the log.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from ernie_cluster.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
+    RateLimited,
     ReplicaError,
+    RequestError,
+    Unauthorized,
     UnknownModel,
 )
+from ernie_cluster.observe.log import bound_request_id
 
 REPLICA_RETRY_AFTER_S = 1.0
 """When to come back after one of our processes broke: about the time in which a request finds another one."""
@@ -36,18 +41,31 @@ class Status:
     """Name of a `grpc.StatusCode`."""
     outcome: str
     """Label of the request counter."""
+    words: str = ""
+    """What the client reads; empty: what the error itself says."""
 
 
-INTERNAL = Status(500, "internal_error", "INTERNAL", "internal_error")
+INTERNAL = Status(500, "internal_error", "INTERNAL", "internal_error", "internal error")
 
 TABLE: tuple[tuple[type[Exception], Status], ...] = (  # the first row that fits counts: special errors come first
+    (Unauthorized, Status(401, "invalid_request_error", "UNAUTHENTICATED", "unauthorized")),
     (UnknownModel, Status(404, "invalid_request_error", "NOT_FOUND", "invalid")),
     (ContextTooLong, Status(400, "invalid_request_error", "INVALID_ARGUMENT", "invalid")),
     (InvalidRequest, Status(400, "invalid_request_error", "INVALID_ARGUMENT", "invalid")),
+    (RateLimited, Status(429, "rate_limit_error", "RESOURCE_EXHAUSTED", "rate_limited")),
     (Overloaded, Status(429, "rate_limit_error", "RESOURCE_EXHAUSTED", "overloaded")),
     (DeadlineExceeded, Status(504, "timeout_error", "DEADLINE_EXCEEDED", "deadline_exceeded")),
     (Aborted, Status(499, "aborted", "CANCELLED", "aborted")),
-    (ReplicaError, Status(503, "service_unavailable", "UNAVAILABLE", "replica_error")),
+    (
+        ReplicaError,
+        Status(
+            503,
+            "service_unavailable",
+            "UNAVAILABLE",
+            "replica_error",
+            "a part of the service failed while it worked on the request; send it again",
+        ),
+    ),
 )
 
 
@@ -60,8 +78,9 @@ def status_of(exc: BaseException) -> Status:
 
 def message_of(exc: BaseException) -> str:
     """What the client may read."""
-    if status_of(exc) is INTERNAL:
-        return "internal error"
+    if words := status_of(exc).words:
+        request_id = bound_request_id()
+        return f"{words} (request id {request_id})" if request_id else words
     if isinstance(exc, HTTPException):
         return str(exc.detail)
     return str(exc) or type(exc).__name__
@@ -74,15 +93,45 @@ def error_body(exc: BaseException) -> dict[str, Any]:
             "message": message_of(exc),
             "type": status_of(exc).type,
             "param": getattr(exc, "param", None) if isinstance(exc, InvalidRequest) else None,
-            "code": exc.code if isinstance(exc, InvalidRequest) else None,
+            "code": getattr(exc, "code", None) if isinstance(exc, RequestError) else None,
         }
     }
 
 
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""By HTTP status; of the others those from 500 on are an api_error, and the rest an invalid_request_error."""
+
+
+def anthropic_error(exc: BaseException) -> dict[str, Any]:
+    """Anthropic's error object, which has no place for the field at fault but its message."""
+    status, message = status_of(exc).http, message_of(exc)
+    param = getattr(exc, "param", None) if isinstance(exc, InvalidRequest) else None
+    if param and param not in message:
+        message = f"{param}: {message}"
+    kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": bound_request_id()}
+
+
+def error_body_at(path: str, exc: BaseException) -> dict[str, Any]:
+    """The error object of the API that a path belongs to."""
+    is_anthropic = path == "/v1/messages" or path.startswith("/v1/messages/")
+    return anthropic_error(exc) if is_anthropic else error_body(exc)
+
+
 def error_headers(exc: BaseException) -> dict[str, str]:
-    """`Retry-After` in whole seconds, at least 1, for what is worth another try."""
+    """`Retry-After` in whole seconds, at least 1, for what is worth another try; how to send a key, without one."""
     if isinstance(exc, Overloaded):
         return {"retry-after": str(max(1, math.ceil(exc.retry_after_s)))}
+    if isinstance(exc, Unauthorized):
+        return {"www-authenticate": 'Bearer realm="ernie_cluster"'}
     if isinstance(exc, ReplicaError):
         return {"retry-after": str(math.ceil(REPLICA_RETRY_AFTER_S))}
     if isinstance(exc, HTTPException):

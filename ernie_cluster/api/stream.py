@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 from ernie_cluster.api.answer import Answer, Delta
+from ernie_cluster.api.dialect import Presentation
 from ernie_cluster.api.markup import Pieces
-from ernie_cluster.api.openai import DONE, Form, Heading, chunk, encode, sse, timeline_of, trailer, usage_of, whole
-from ernie_cluster.api.prepare import Job
+from ernie_cluster.api.openai import encode
 from ernie_cluster.api.traffic import Meter
 from ernie_cluster.api.wire import Wire
-from ernie_cluster.request import Span
 
 MAX_FLUSH_INTERVAL_S = 0.05
 """Longer gaps would be seen as stutter."""
@@ -31,49 +28,14 @@ def flush_interval_s(num_streams: int) -> float:
     return min(MAX_FLUSH_INTERVAL_S, FLUSH_COST_S * max(0, num_streams))
 
 
-@dataclass(frozen=True, slots=True)
-class Presentation:
-    """How a job's answer is to look."""
-
-    form: Form
-    heading: Heading
-    job: Job
-    own_spans: Sequence[Span]
-    """Stages that the API itself went through."""
-
-    def usage(self, answer: Answer) -> dict[str, Any]:
-        """OpenAI's token counts."""
-        return usage_of(
-            self.job.num_prompt_tokens, answer.num_tokens, answer.num_cached_tokens, answer.num_reasoning_tokens
-        )
-
-    def timeline(self, answer: Answer) -> list[dict[str, Any]] | None:
-        """The stages of the journey, if they were asked for."""
-        return timeline_of(self.own_spans, answer.choices) if self.job.has_timeline else None
-
-    def chunks(self, deltas: Sequence[Delta], begun: set[int]) -> list[bytes]:
-        """One event per choice that has something to show; `begun` are the choices that have had their first."""
-        shown = [d for d in deltas if d.pieces or d.finish_reason or d.index not in begun]
-        return [sse(chunk(self.form, self.heading, d, is_first=d.index not in begun)) for d in shown]
-
-    def closing(self, answer: Answer) -> list[bytes]:
-        """The events that end a stream."""
-        usage = self.usage(answer) if self.job.has_usage else None
-        timeline = self.timeline(answer)
-        if usage is None and timeline is None:
-            return [DONE]
-        return [sse(trailer(self.form, self.heading, usage, timeline)), DONE]
-
-
 async def write_whole(wire: Wire, answer: Answer, look: Presentation, meter: Meter) -> None:
     """Gather the answer and send it as one JSON object."""
-    wholes = [Pieces() for _ in answer.choices]
+    wholes = [Delta(choice.index, Pieces()) for choice in answer.choices]
     while deltas := await answer.take():
         meter.tokens(deltas)
         for delta in deltas:
-            wholes[delta.index].add(delta.pieces)
-    body = whole(look.form, look.heading, wholes, answer.choices, look.usage(answer), look.timeline(answer))
-    await wire.write_whole(encode(body))
+            wholes[delta.index].add(delta)
+    await wire.write_whole(encode(look.whole(answer, wholes)))
 
 
 async def write_stream(
@@ -81,12 +43,10 @@ async def write_stream(
 ) -> None:
     """Send the answer as it comes. Nothing is sent before the first news, so an early error has its own status."""
     meter.is_stream = True
-    begun: set[int] = set()
     while True:
         deltas = await answer.take()
         meter.tokens(deltas)
-        events = look.chunks(deltas, begun)
-        begun.update(delta.index for delta in deltas)
+        events = look.news(deltas)
         is_over = answer.is_over
         if is_over:
             events += look.closing(answer)

@@ -14,7 +14,8 @@ from ernie_cluster.errors import Overloaded
 from ernie_cluster.observe.metrics import Metrics
 
 UNKNOWN_MODEL = "unknown"
-"""Label of requests that end before their model is known; a client's own word would be a label without bound."""
+"""Label of requests that end before their model is known, or ask only about tokens; a client's own word would be a
+label without bound."""
 
 
 @dataclass(slots=True)

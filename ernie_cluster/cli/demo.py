@@ -9,7 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from ernie_cluster.cli.local import at_port, serving
+from ernie_cluster import __version__
+from ernie_cluster.cli.local import at_port, is_packaged, serving
 from ernie_cluster.cli.progress import Progress
 from ernie_cluster.cli.serve import wait_for_signal
 from ernie_cluster.config.cluster import ClusterConfig
@@ -46,16 +47,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     progress = Progress()
-    folder = args.keep or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ernie_cluster" / "demo"
-    config = configure(args.model, is_mixed=args.mixed, port=args.port)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ernie_cluster"
+    folder = args.keep or cache / "demo"
+    is_toy = args.model is None and not is_packaged()
+    model = toy_checkpoint(cache / f"toy-{__version__}", progress) if is_toy else args.model
+    config = configure(model, is_mixed=args.mixed, port=args.port)
     with serving(config, progress) as url:
         folder.mkdir(parents=True, exist_ok=True)
         progress(f"ready; the pictures go to {folder}")
-        walk_through(url, config.models[0].name, folder, progress)
+        walk_through(url, config.models[0].name, folder, progress, num_steps=1 if is_toy else None)
         if not args.once:
             print(how_to_go_on(url, config.models[0].name, folder), flush=True)
             wait_for_signal()
     return 0
+
+
+def toy_checkpoint(folder: Path, progress: Progress) -> str:
+    """A checkpoint of the real structure with random weights, for a package without its model; where it lies."""
+    progress("the packaged model is not there: a toy with random weights takes its place, whose words mean nothing")
+    if not (folder / "config.json").exists():
+        from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint
+
+        write_tiny_checkpoint(folder)
+    return str(folder)
 
 
 def configure(model: str | None, *, is_mixed: bool, port: int) -> ClusterConfig:
@@ -66,8 +80,12 @@ def configure(model: str | None, *, is_mixed: bool, port: int) -> ClusterConfig:
     return at_port(config, port)
 
 
-def walk_through(url: str, model: str, folder: Path, progress: Progress) -> None:
-    """All questions, and the stages of the first one's journey; raises ErnieClusterError when one is not answered."""
+def walk_through(url: str, model: str, folder: Path, progress: Progress, num_steps: int | None = None) -> None:
+    """The questions, and the stages of the first one's journey; raises ErnieClusterError when one is not answered.
+
+    Args:
+        num_steps: how many; None asks all.
+    """
     import openai
 
     from ernie_cluster.cli.demo_pictures import steps
@@ -76,7 +94,7 @@ def walk_through(url: str, model: str, folder: Path, progress: Progress) -> None
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without ✓ is no reason to fail
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=REQUEST_TIMEOUT_S, max_retries=0)
     walk = Walk(client, model, folder, sys.stdout)
-    for number, step in enumerate(steps(), start=1):
+    for number, step in enumerate(steps()[:num_steps], start=1):
         asked_s = progress.elapsed_s
         try:
             heard = walk.take(number, step)
@@ -101,6 +119,6 @@ def how_to_go_on(url: str, model: str, folder: Path) -> str:
 
   In another terminal:
 
-    ernie-cluster chat --url {url} --image {folder / "3-point.png"}
+    ernie-cluster chat --url {url} --image {folder / "1-look.png"}
     ernie-cluster eval --url {url} --samples 20
 """

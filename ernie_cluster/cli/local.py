@@ -67,11 +67,16 @@ def at_port(config: ClusterConfig, port: int) -> ClusterConfig:
 
 def check_packaged(path: str) -> None:
     """Raises CheckpointError when it is the packaged checkpoint, and that is not there."""
-    if path == POCKET and not (Path(path) / "config.json").exists():
+    if path == POCKET and not is_packaged():
         raise CheckpointError(
             f"{path} holds no checkpoint; make it with `python scripts/pocket/train.py`, or serve another one "
             "(ernie-cluster demo --model PATH, ernie-cluster serve)"
         )
+
+
+def is_packaged() -> bool:
+    """Whether this package has its model with it."""
+    return (Path(POCKET) / "config.json").exists()
 
 
 def is_listening(url: str) -> bool:

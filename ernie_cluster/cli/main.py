@@ -37,6 +37,7 @@ COMMANDS = {
     "chat": "chat with a server, or with the packaged model",
     "eval": "ask a server held-out questions: accuracy per skill",
     "config": "check a configuration and print it with all defaults filled in",
+    "key": "make an API key",
 }
 """Subcommand -> what it does; `ernie_cluster.cli.<subcommand>` does it."""
 

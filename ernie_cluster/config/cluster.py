@@ -6,12 +6,15 @@ What follows from a field is a property, never a second field. Names carry their
 
 from __future__ import annotations
 
+import ipaddress
 import math
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from ernie_cluster.config.keys import is_sha256
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.errors import ConfigError, UnknownModel
 
@@ -274,7 +277,34 @@ class ApiConfig:
     default_max_tokens: int = 256
     """Output tokens of a request that does not say, at least 1."""
     preprocess_threads: int = 2
-    """Threads per API replica that decode and resize pictures, at least 1."""
+    """Threads per API replica that parse and tokenise (and decode, see `decode_processes`), at least 1."""
+    decode_processes: int = 1
+    """Processes per API replica that decode and resize pictures and videos; 0 leaves it to `preprocess_threads`, where
+    nothing bounds the time and memory of one file."""
+    decode_timeout_s: float = 30.0
+    """Most that one picture or video may take to decode, more than 0."""
+    decode_memory_bytes: int = 2 * GIB
+    """Address space of a decoding process, at least 512 MiB: the libraries take 300 MB of it."""
+    media_cache_bytes: int = 256 * MIB
+    """Patches of pictures and videos kept per API replica for when they come again; 0 keeps none."""
+    media_hosts: tuple[str, ...] = ()
+    """Hosts from which http(s) URLs are fetched, as `images.example.com`, `*.example.com` (its subdomains), `*` (all) or
+    `store.internal:9000`; none: nothing is fetched."""
+    media_folder: str | None = None
+    """Folder below which `file://` URLs may read, an absolute path on each node with an API replica; None = no files."""
+    media_allow_private: bool = False
+    """Whether `media_hosts` may have private and loopback addresses."""
+    media_timeout_s: float = 20.0
+    """Most that fetching one URL may take, more than 0."""
+    keys_file: str | None = None
+    """YAML list of `ApiKey`, an absolute path on each node with an API replica; a change of it counts after a second.
+    None = no key is needed."""
+    admin_key_sha256: str | None = None
+    """SHA-256 of the key that `/metrics` needs, as `ernie-cluster key` prints it; None = it needs none."""
+    isolate_prefix_cache: bool = False
+    """Cache each key's prompts and pictures for it alone, so that no answer's speed tells what others have sent."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may call the API from a browser, such as https://chat.example; "*" = all, empty = none."""
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -285,9 +315,54 @@ class ApiConfig:
         )
         _check_range(self, 2, "max_video_frames")
         _check_range(self, 1, "default_max_tokens", "preprocess_threads")
-        _check_range(self, 0, "max_images", "max_videos")
+        _check_range(self, 0, "max_images", "max_videos", "decode_processes", "media_cache_bytes")
+        _check_range(self, 512 * MIB, "decode_memory_bytes")
         _check_range(self, 8, "max_json_depth")
-        _check_positive(self, "request_timeout_s")
+        _check_positive(self, "request_timeout_s", "decode_timeout_s", "media_timeout_s")
+        for host in self.media_hosts:
+            if not MEDIA_HOST.fullmatch(host):
+                raise ConfigError(
+                    f"media_hosts has {host!r}; a host is named as images.example.com, *.example.com or host:port, "
+                    "without http:// and path"
+                )
+        if self.media_folder is not None and not os.path.isabs(self.media_folder):
+            raise ConfigError(
+                f"media_folder = {self.media_folder!r} must be an absolute path: each API replica reads it"
+            )
+        self._check_access()
+
+    def _check_access(self) -> None:
+        if self.keys_file is not None and not os.path.isabs(self.keys_file):
+            raise ConfigError(f"keys_file = {self.keys_file!r} must be an absolute path: each API replica reads it")
+        if self.admin_key_sha256 is not None and not is_sha256(self.admin_key_sha256):
+            raise ConfigError(
+                "admin_key_sha256 must be 64 hexadecimal digits, not the key itself; `ernie-cluster key` prints them"
+            )
+        if self.isolate_prefix_cache and self.keys_file is None:
+            raise ConfigError("isolate_prefix_cache = true needs keys_file: without keys all clients are one")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f'cors_origins: {origin!r} must be like https://chat.example:8443, or "*"')
+
+    @property
+    def is_open_to_strangers(self) -> bool:
+        """Anybody who can reach this machine may use the models."""
+        return self.keys_file is None and not _is_loopback(self.host)
+
+
+MEDIA_HOST = re.compile(
+    r"(?P<name>\*|\[[0-9A-Fa-f:.]+\]|(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?)(?::(?P<port>[0-9]{1,5}))?"
+)
+"""An entry of `ApiConfig.media_hosts`."""
+
+_ORIGIN = re.compile(r"https?://[^/\s?#@]+")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 
 from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.block_pool import BlockPool
+from ernie_cluster.engine.grammar import Grammars
 from ernie_cluster.engine.runner import Runner
-from ernie_cluster.engine.sampler import SamplerRow
+from ernie_cluster.engine.sampler import Sampled, SamplerRow
 from ernie_cluster.engine.scheduler import Schedule, Scheduler
 from ernie_cluster.engine.sequence import Sequence, Status
 from ernie_cluster.errors import ContextTooLong, DeadlineExceeded, Evicted, TransferFailed
+from ernie_cluster.grammar.compile import Compiler
 from ernie_cluster.model.decoder import no_hook
-from ernie_cluster.request import RequestFailed, Span, TokenEvent
+from ernie_cluster.request import RequestFailed, Span, TokenEvent, TokenLogprobs
 
 Outcome = TokenEvent | RequestFailed
 
@@ -63,6 +65,7 @@ class Engine:
         hooks: the hand-over of prompts.
         clock: monotonic seconds.
         can_encode: whether embeddings of pictures can come here (again); False on decode replicas.
+        compiler: of grammars; None where no request has one.
     """
 
     def __init__(
@@ -76,10 +79,12 @@ class Engine:
         hooks: PrefillHooks | None = None,
         clock: Callable[[], float] = time.monotonic,
         can_encode: bool = True,
+        compiler: Compiler | None = None,
     ) -> None:
         self.runner, self.pool, self.scheduler, self.builder = runner, pool, scheduler, builder
         self.emit, self.hooks, self.clock, self.can_encode = emit, hooks or PrefillHooks(), clock, can_encode
         self.lock = threading.Condition()
+        self.grammars = Grammars(compiler, self._wake)
         self.counters = Counters()
         self.sequences: dict[str, Sequence] = {}
         """By request id; the newest attempt of each."""
@@ -92,6 +97,9 @@ class Engine:
             assert sequence.request_id not in self.sequences, f"request {sequence.request_id} is here already"
             sequence.arrived_s = self.clock()
             sequence.deadline_s = sequence.arrived_s + sequence.request.timeout_s
+            if sequence.request.sampling.grammar:
+                output = sequence.tokens[sequence.num_prompt :]
+                sequence.constraint = self.grammars.open(sequence.request.sampling.grammar, output)
             self.sequences[sequence.request_id] = sequence
             self.scheduler.add(sequence)
             self.lock.notify_all()
@@ -143,10 +151,10 @@ class Engine:
                 hook = self.hooks.layer_hook(schedule.chunks)
         if schedule.num_tokens:
             start = time.perf_counter()
-            tokens = self.runner.run(step_input, rows, hook)
+            sampled = self.runner.run(step_input, rows, hook)
             self.counters.run_s += time.perf_counter() - start
             with self.lock:
-                outcomes += self._apply(schedule, tokens)
+                outcomes += self._apply(schedule, sampled)
         if outcomes:
             self.emit(outcomes)
         with self.lock:
@@ -173,6 +181,10 @@ class Engine:
             assert set(queued) <= set(self._all()), "a queued sequence is unknown"
             return self.pool.check()
 
+    def _wake(self) -> None:
+        with self.lock:
+            self.lock.notify_all()
+
     def _all(self) -> list[Sequence]:
         return [*self.sequences.values(), *self._fenced]
 
@@ -187,35 +199,39 @@ class Engine:
                 prompt=s.tokens[: s.num_prompt] if s.request.sampling.has_penalties else (),
                 output=s.tokens[s.num_prompt :] if s.request.sampling.has_penalties else (),
                 end_tokens=(*s.request.sampling.stop_token_ids, *s.request.eos_token_ids),
+                allowed=None if s.constraint is None else s.constraint.allowed,
             )
             for s in (*schedule.decodes, *done)
         ]
 
-    def _apply(self, schedule: Schedule, tokens: list[int]) -> list[Outcome]:
+    def _apply(self, schedule: Schedule, sampled: Sampled) -> list[Outcome]:
         self.counters.steps += 1
         self.counters.prompt_tokens += schedule.num_tokens - len(schedule.decodes)
-        self.counters.generated_tokens += len(tokens)
-        new_tokens = iter(tokens)
+        self.counters.generated_tokens += len(sampled.tokens)
+        news = ((token, sampled.logprobs.get(row)) for row, token in enumerate(sampled.tokens))
         outcomes: list[Outcome] = []
         for sequence in schedule.decodes:
             sequence.num_computed += 1
-            outcomes += self._advance(sequence, next(new_tokens))
+            outcomes += self._advance(sequence, *next(news))
         for sequence, count in schedule.chunks:
             is_last = count == sequence.num_uncomputed
             sequence.num_computed += count
             self.scheduler.publish(sequence)
             if is_last:
                 sequence.prefill_done_s = sequence.prefill_done_s or self.clock()
-                outcomes += self._advance(sequence, next(new_tokens))
+                outcomes += self._advance(sequence, *next(news))
         return outcomes
 
-    def _advance(self, sequence: Sequence, token: int) -> list[Outcome]:
+    def _advance(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> list[Outcome]:
         """A sequence got its next token."""
         if sequence.is_aborted:
             self._end(sequence)
             return []
         index = sequence.num_output
         reason = sequence.append(token)
+        if sequence.constraint is not None and sequence.constraint.error is not None:
+            self._end(sequence)
+            return [RequestFailed(sequence.request_id, sequence.constraint.error)]
         event = TokenEvent(
             sequence.request_id,
             index,
@@ -223,6 +239,7 @@ class Engine:
             reason,
             num_cached_tokens=sequence.num_cached,
             spans=self._spans(sequence) if reason or sequence.is_prefill_only else (),
+            logprobs=() if logprobs is None else (logprobs,),
         )
         if reason is not None:
             self._end(sequence)
@@ -248,16 +265,18 @@ class Engine:
         return tuple(spans)
 
     def _reap(self) -> list[Outcome]:
-        """End what was aborted and what is too late."""
+        """End what was aborted, what is too late, and what has a grammar that nobody can follow."""
         now = self.clock()
         outcomes: list[Outcome] = []
-        for sequence in [s for s in self._all() if s.is_aborted or s.deadline_s <= now]:
-            if sequence.status is Status.HANDING_OVER:
-                continue  # its blocks are being read; `release` follows, and the hand-over has its own deadline
-            if not sequence.is_aborted:
-                error = DeadlineExceeded(
+        for sequence in self._all():
+            error: Exception | None = sequence.constraint.error if sequence.constraint is not None else None
+            if sequence.deadline_s <= now:
+                error = error or DeadlineExceeded(
                     f"request {sequence.request_id} was not finished within its {sequence.request.timeout_s:g} s"
                 )
+            if sequence.status is Status.HANDING_OVER or not (error or sequence.is_aborted):
+                continue  # blocks of a hand-over are being read; `release` follows, and it has its own deadline
+            if error is not None and not sequence.is_aborted:
                 outcomes.append(RequestFailed(sequence.request_id, error))
             self._end(sequence)
         return outcomes

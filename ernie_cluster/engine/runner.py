@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ernie_cluster.config.model import ModelConfig
-from ernie_cluster.engine.sampler import SamplerRow, sample
+from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.model.build import Role, build_decoder, has_vision_experts, torch_dtype
 from ernie_cluster.model.decoder import Decoder, no_hook
 from ernie_cluster.model.step import KVCache, StepInput
@@ -57,8 +57,6 @@ class Runner:
         return self.decoder.embed.device
 
     @torch.inference_mode()
-    def run(
-        self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook
-    ) -> list[int]:
+    def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:
         """One token per row of logits; K and V of all its tokens are in the cache afterwards."""
-        return sample(self.decoder(step, self.kv, layer_done), rows)
+        return sample_and_report(self.decoder(step, self.kv, layer_done), rows)

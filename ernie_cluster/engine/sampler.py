@@ -1,4 +1,4 @@
-"""Logits -> token ids.
+"""Logits -> token ids, and their log-probabilities for those who ask.
 
 Chance is counter-based: the number drawn for an output position is a pure function of (seed, position), so whoever
 continues a request draws what the first one would have drawn. Shapes: R rows (one per sequence), V vocabulary.
@@ -6,13 +6,16 @@ continues a request draws what the first one would have drawn. Shapes: R rows (o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ernie_cluster.request import SamplingParams
+from ernie_cluster.request import SamplingParams, TokenLogprobs
 
 _MASK64 = (1 << 64) - 1
 
@@ -48,6 +51,37 @@ class SamplerRow:
     """Both may be left empty when no penalty asks for them."""
     end_tokens: tuple[int, ...]
     """Tokens that would end the answer."""
+    allowed: Callable[[], NDArray[np.bool_] | None] | None = None
+    """Called once the logits are there: the tokens that may be chosen, bool [V], or None for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What came of the rows of one step."""
+
+    tokens: list[int]
+    """One per row."""
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """By row; of those that ask."""
+
+
+def sample_and_report(logits_RV: Tensor, rows: Seq[SamplerRow]) -> Sampled:
+    """`sample`, and what the model thought of it; costs a log-softmax of the rows that ask, and only of these."""
+    asking = [i for i, row in enumerate(rows) if row.params.num_logprobs is not None]
+    if not asking:
+        return Sampled(sample(logits_RV, rows))
+    logprobs_AV = logits_RV[asking].log_softmax(-1)  # before `sample` changes the logits
+    tokens = sample(logits_RV, rows)
+    reports = _report(logprobs_AV, [tokens[i] for i in asking], [rows[i].params.num_logprobs or 0 for i in asking])
+    return Sampled(tokens, dict(zip(asking, reports, strict=True)))
+
+
+def _report(logprobs_AV: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:
+    """The chosen token and the likeliest ones of each row."""
+    chosen = logprobs_AV.gather(1, torch.tensor(tokens, device=logprobs_AV.device)[:, None])[:, 0].tolist()
+    values, ids = logprobs_AV.topk(min(max(counts), logprobs_AV.shape[-1]))
+    ranked = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenLogprobs(c, tuple(row[:n])) for c, row, n in zip(chosen, ranked, counts, strict=True)]
 
 
 def sample(logits_RV: Tensor, rows: Seq[SamplerRow]) -> list[int]:
@@ -69,7 +103,7 @@ def sample(logits_RV: Tensor, rows: Seq[SamplerRow]) -> list[int]:
 
 
 def _shape_logits(logits_V: Tensor, row: SamplerRow) -> None:
-    """Penalties, biases and the ban on ending early, in place."""
+    """Penalties, biases, the ban on ending early and the tokens that a grammar leaves, in place."""
     p = row.params
     if p.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*row.prompt, *row.output}), device=logits_V.device)
@@ -82,8 +116,14 @@ def _shape_logits(logits_V: Tensor, row: SamplerRow) -> None:
     if p.logit_bias:
         ids = torch.tensor([i for i, _ in p.logit_bias], device=logits_V.device)
         logits_V[ids] += torch.tensor([b for _, b in p.logit_bias], device=logits_V.device)
-    if row.position < p.min_tokens and row.end_tokens:
-        logits_V[list(row.end_tokens)] = -torch.inf
+    ends = list(row.end_tokens) if row.position < p.min_tokens else []
+    allowed = None if row.allowed is None else row.allowed()
+    if allowed is not None:
+        logits_V.masked_fill_(torch.from_numpy(~allowed).to(logits_V.device), -torch.inf)
+        if ends and not np.delete(allowed, ends).any():
+            ends = []  # the answer cannot go on
+    if ends:
+        logits_V[ends] = -torch.inf
 
 
 def _draw(logits_RV: Tensor, rows: Seq[SamplerRow]) -> Tensor:

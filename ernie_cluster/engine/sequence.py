@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ernie_cluster.engine.grammar import Constraint
 from ernie_cluster.request import FinishReason, GenerationRequest, Span
 
 
@@ -58,6 +59,8 @@ class Sequence:
     prefill_done_s: float | None = None
     num_preemptions: int = 0
     num_published: int = 0
+    constraint: Constraint | None = None
+    """Of a request with a grammar; made when an engine takes the sequence in."""
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -86,7 +89,12 @@ class Sequence:
 
     @property
     def num_ready(self) -> int:
-        """Tokens that could be computed next: up to the first picture whose embeddings have not come."""
+        """Tokens that could be computed next: up to the first picture whose embeddings have not come.
+
+        None while its grammar is not there yet.
+        """
+        if self.constraint is not None and not self.constraint.is_ready:
+            return 0
         for i, media in enumerate(self.request.media):
             if media.end > self.num_computed and i not in self.embeds:
                 return max(0, media.offset - self.num_computed)
@@ -105,6 +113,8 @@ class Sequence:
         """Add an output token; the reason when it was the last one."""
         self.tokens.append(token)
         sampling = self.request.sampling
+        if self.constraint is not None and (token in self.request.eos_token_ids or self.constraint.advance(token)):
+            return FinishReason.STOP
         is_end = token in sampling.stop_token_ids or (not sampling.ignore_eos and token in self.request.eos_token_ids)
         if is_end and self.num_output > sampling.min_tokens:
             return FinishReason.STOP

@@ -27,6 +27,7 @@ from ernie_cluster.engine.sampler import SamplerRow
 from ernie_cluster.engine.scheduler import Schedule, Scheduler
 from ernie_cluster.engine.sequence import Sequence
 from ernie_cluster.errors import EngineFailed, ErnieClusterError, Overloaded, TransferFailed
+from ernie_cluster.grammar.compile import Compiler
 from ernie_cluster.request import GenerationRequest, RequestFailed, SamplingParams, block_hashes
 from ernie_cluster.transport.base import Channel, Message
 
@@ -80,10 +81,16 @@ class Worker:
         config: the model.
         settings: see there.
         emit: takes outcomes, on the engine's thread or a transport's.
+        compiler: of grammars for the model's vocabulary; without it requests that have one fail.
     """
 
     def __init__(
-        self, runner: Runner, config: ModelConfig, settings: WorkerSettings, emit: Callable[[list[Outcome]], None]
+        self,
+        runner: Runner,
+        config: ModelConfig,
+        settings: WorkerSettings,
+        emit: Callable[[list[Outcome]], None],
+        compiler: Compiler | None = None,
     ) -> None:
         self.settings, self._emit = settings, emit
         kv = runner.kv
@@ -107,6 +114,7 @@ class Worker:
             emit=emit,
             hooks=self.sender,
             can_encode=settings.can_encode,
+            compiler=compiler,
         )
         self.leases = LeaseTable(self.pool, settings.lease_timeout_s)
         self.inbox = Inbox(self.engine, self.leases, layout, config.text.hidden_size, wall_clock=time.time)
@@ -192,6 +200,8 @@ class Worker:
         with self.engine.lock:
             self.inbox.expect(request, hashes, epoch, reserve)
             self._opening.pop(request.request_id, None)  # an older attempt, whose lease has just ended
+        if request.sampling.grammar:
+            self.engine.grammars.prepare(request.sampling.grammar)
 
     def abort(self, request_id: str) -> bool:
         """End a request here, wherever it stands; its blocks are free within a step. False if it is unknown."""

@@ -16,6 +16,11 @@ DEFAULT_DURATION_S = 0.1
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
+def is_animation(data: bytes) -> bool:
+    """Whether the file begins as one of the three formats do."""
+    return _is_gif(data) or _is_webp(data) or data.startswith(_PNG)
+
+
 def canvas_size(data: bytes) -> tuple[int, int]:
     """Width and height of all frames, by the file's header.
 

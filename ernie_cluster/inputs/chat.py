@@ -6,7 +6,7 @@ Knows no wire format beyond OpenAI-shaped messages, and no model beyond its conf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,11 @@ from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import CheckpointError, ContextTooLong, InvalidRequest
 from ernie_cluster.inputs.frames import VideoConfig
 from ernie_cluster.inputs.images import PixelConfig, PreparedMedia
-from ernie_cluster.inputs.messages import Media, Message, PromptLimits, Settings, check_text, read_messages
+from ernie_cluster.inputs.messages import MapMedia, Message, PromptLimits, Settings, check_text, read_messages
 from ernie_cluster.inputs.positions import mrope_positions
 from ernie_cluster.inputs.template import ChatTemplate, Segment
 from ernie_cluster.inputs.tokenizer import IncrementalDecoder, Tokenizer, end_token_ids
 from ernie_cluster.request import GenerationRequest, MediaInput, SamplingParams
-
-MapMedia = Callable[[Callable[[Media], PreparedMedia], Iterable[Media]], Iterable[PreparedMedia]]
-"""Applies a function to pictures and videos and keeps their order: the builtin `map`, or a thread pool's."""
 
 _TAIL_TOKENS = 16
 """Enough for `<think>` letter by letter, and some white space behind it."""
@@ -102,6 +99,10 @@ class ChatProcessor:
         """A new decoder, for one answer."""
         return IncrementalDecoder(self.tokenizer)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer.token_bytes`."""
+        return self.tokenizer.token_bytes(token_id)
+
     def opens_reasoning(self, request: GenerationRequest) -> bool:
         """Whether the prompt ends where the model's reasoning begins, so that the answer goes on inside it.
 
@@ -120,15 +121,17 @@ class ChatProcessor:
         tools: Sequence[Message] | None = None,
         timeout_s: float = 600.0,
         cache_salt: bytes = b"",
+        add_generation_prompt: bool = True,
     ) -> GenerationRequest:
         """Request for the next turn of a conversation.
 
         Args:
             messages: OpenAI-shaped and type-checked; `content` is a string, None, or a list of `text`, `image_url`
-                and `video_url` parts, the latter two with data URLs.
+                and `video_url` parts, the latter two with data URLs, or with the file itself as `content`.
             request_id, sampling, timeout_s, cache_salt: go into the request as they are.
             enable_thinking: None leaves it to the template.
             tools: OpenAI-shaped definitions, for the template.
+            add_generation_prompt: see `ChatTemplate.render`.
 
         Raises:
             InvalidRequest: something cannot be served; `param` names it, as in `messages[2].content[1].image_url.url`.
@@ -138,9 +141,14 @@ class ChatProcessor:
         rendered, unprepared = read_messages(messages, self.limits, part_types=part_types)
         check_text(tools, "tools", self.limits.max_prompt_chars)
         segments = self.template.render(
-            rendered, tools=tools, enable_thinking=enable_thinking, max_chars=self.limits.max_prompt_chars
+            rendered,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            add_generation_prompt=add_generation_prompt,
+            max_chars=self.limits.max_prompt_chars,
         )
-        prepared = list(self.map_media(self._prepare, unprepared))
+        settings = Settings(self.pixels, self.video, self.limits, self.max_model_len, cache_salt)
+        prepared = list(self.map_media(settings, unprepared))
         ids, media = self._fill_in(segments, prepared)
         self._check_length(len(ids), sampling.max_tokens, "messages")
         return self._request(request_id, ids, media, sampling, timeout_s, cache_salt)
@@ -172,9 +180,6 @@ class ChatProcessor:
         self._check_length(len(ids), sampling.max_tokens, "prompt")
         self._check_ids(ids)
         return self._request(request_id, ids, (), sampling, timeout_s, cache_salt)
-
-    def _prepare(self, media: Media) -> PreparedMedia:
-        return media.prepare(Settings(self.pixels, self.video, self.limits, self.max_model_len))
 
     def _fill_in(
         self, segments: Sequence[Segment], prepared: Sequence[PreparedMedia]

@@ -36,8 +36,8 @@ class ImageLimits:
     """Width x height by the file's header; decoding takes up to 4 bytes for each."""
     max_side: int = 20_000
     """Pixels."""
-    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-    """Pillow's names; of an animation the first frame is taken."""
+    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF")
+    """Pillow's names of the decoders that may see a file; of an animation the first frame is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,7 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
     Raises:
         InvalidRequest: too large by bytes, pixels or side; not an accepted format; broken or cut off. The decoder's
             own words are not passed on.
+        MemoryError: no memory was left for its pixels.
     """
     if len(data) > limits.max_bytes:
         raise InvalidRequest(
@@ -142,17 +143,41 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
             _check_size(image.size, limits)
             image.load()
             return _turn_upright(image, to_rgb(image))
-    except InvalidRequest:
+    except (InvalidRequest, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InvalidRequest(
             f"the image has more than {limits.max_pixels} pixels; send a smaller one", code="image_too_large"
         ) from None
     except Exception:  # decoders raise nearly anything on broken files, and their words may name addresses and paths
-        names = ", ".join(limits.formats)
+        kind, names = _foreign_format(data), ", ".join(limits.formats)
+        what = "the image cannot be decoded" if kind is None else f"{kind} files are not served as pictures"
         raise InvalidRequest(
-            f"the image cannot be decoded; send a whole file of one of these formats: {names}", code="invalid_image"
+            f"{what}; send a whole file of one of these formats: {names}", code="invalid_image"
         ) from None
+
+
+_FOREIGN = (
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"%PDF", "PDF"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "SVG"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+    (4, b"ftyp", "MP4"),
+    (0, b"\x1a\x45\xdf\xa3", "WebM"),
+)
+"""Where a format's mark stands, the mark, and what people call it; for the error's words only."""
+
+
+def _foreign_format(data: bytes) -> str | None:
+    return next((name for at, mark, name in _FOREIGN if data[at : at + len(mark)] == mark), None)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -6,15 +6,16 @@ The API has checked the types already; here is what a type cannot say. Knows no 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
+from ernie_cluster.inputs.clip import VideoLimits
 from ernie_cluster.inputs.data_url import decode_base64, parse_data_url, split_data_url
 from ernie_cluster.inputs.frames import VideoConfig
 from ernie_cluster.inputs.images import ImageLimits, PixelConfig, PreparedMedia, prepare_image
-from ernie_cluster.inputs.video import VideoLimits, open_clip, prepare_clip
+from ernie_cluster.inputs.video import open_clip, prepare_clip
 from ernie_cluster.request import MediaKind
 
 Message = Mapping[str, Any]
@@ -47,6 +48,21 @@ class Settings:
     limits: PromptLimits
     max_tokens: int
     """Tokens that one video may take; more is refused before a pixel is decoded."""
+    cache_salt: bytes = b""
+    """Whose media these are: what was prepared for one is not taken from a cache for another."""
+
+    def __call__(self, media: Media) -> PreparedMedia:
+        """Decode, resize and cut it; raises InvalidRequest that names the field at fault below its `param`."""
+        try:
+            return media.prepare(self)
+        except InvalidRequest as e:
+            raise type(e)(e.message, f"{media.param}.{e.param or 'url'}", e.code) from None
+        except MemoryError:
+            raise InvalidRequest(
+                f"the {media.kind} takes more memory to decode than there is for one; send a smaller one",
+                f"{media.param}.url",
+                f"{media.kind}_too_large",
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +72,19 @@ class Picture:
     param: str
     """Where it stands, in the client's spelling."""
     url: str
-    """A data URL."""
+    """A data URL, unless there is `content`."""
+    content: bytes | None = None
+    """The file, where the API has fetched it."""
+    kind: ClassVar[MediaKind] = "image"
 
     def prepare(self, settings: Settings) -> PreparedMedia:
-        """Decode, resize and cut it; raises InvalidRequest that names `param`."""
-        limits = settings.limits.image
-        try:
+        """See `Settings.__call__`, but errors name fields below `param` only."""
+        limits, data = settings.limits.image, self.content
+        if data is None:
             mime, data = parse_data_url(self.url, max_bytes=limits.max_bytes)
             if not mime.startswith("image/"):
                 raise InvalidRequest(f"the data URL is of type {mime}; send an image", code="invalid_image")
-            return prepare_image(data, settings.pixels, limits)
-        except InvalidRequest as e:
-            raise InvalidRequest(e.message, f"{self.param}.url", e.code) from None
+        return prepare_image(data, settings.pixels, limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,28 +94,35 @@ class Video:
     param: str
     """Where it stands, in the client's spelling."""
     url: str
-    """A data URL; a list of frames is separated by commas."""
+    """A data URL, unless there is `content`; a list of frames is separated by commas."""
     fps: float | None = None
     """Frames per second that the model is to see."""
     min_frames: int | None = None
     max_frames: int | None = None
     source_fps: float | None = None
     """Rate at which the frames of a list were taken."""
+    content: bytes | None = None
+    """The file, where the API has fetched it."""
+    kind: ClassVar[MediaKind] = "video"
 
     def prepare(self, settings: Settings) -> PreparedMedia:
-        """Sample, decode, resize and cut it; raises InvalidRequest that names the field at fault below `param`."""
+        """See `Settings.__call__`, but errors name fields below `param` only."""
         limits = settings.limits.video
-        try:
-            config = settings.video.with_wishes(self.fps, self.min_frames, self.max_frames)
+        config = settings.video.with_wishes(self.fps, self.min_frames, self.max_frames)
+        if self.content is not None:
+            clip = open_clip(None, [self.content], limits, self.source_fps)
+        else:
             mime, encoded = split_data_url(self.url, "video", limits.max_bytes)
             pieces = [decode_base64(piece, "video") for piece in encoded.split(",")] if encoded else []
             clip = open_clip(mime, pieces, limits, self.source_fps)
-            return prepare_clip(clip, settings.pixels, config, max_tokens=settings.max_tokens)
-        except InvalidRequest as e:
-            raise type(e)(e.message, f"{self.param}.{e.param or 'url'}", e.code) from None
+        return prepare_clip(clip, settings.pixels, config, max_tokens=settings.max_tokens)
 
 
 Media = Picture | Video
+
+MapMedia = Callable[[Settings, Iterable[Media]], Iterable[PreparedMedia]]
+"""Applies the settings, a function, to pictures and videos and keeps their order: the builtin `map`, a thread pool's,
+or one that goes to other processes or to a cache first."""
 
 
 def read_messages(
@@ -188,9 +212,9 @@ def _read_part(part: Message, param: str, part_types: Mapping[MediaKind, str], m
         raise InvalidRequest("this model reads text only; leave pictures and videos out", param)
     given = part[kind]
     if kind == "image_url":
-        media.append(Picture(f"{param}.{kind}", given["url"]))
+        media.append(Picture(f"{param}.{kind}", given["url"], given.get("content")))
         return {"type": part_types["image"]}
-    wishes = (given.get(name) for name in ("fps", "min_frames", "max_frames", "source_fps"))
+    wishes = (given.get(name) for name in ("fps", "min_frames", "max_frames", "source_fps", "content"))
     media.append(Video(f"{param}.{kind}", given["url"], *wishes))
     return {"type": part_types["video"]}
 

@@ -158,14 +158,16 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
         max_chars: int = 4_000_000,
     ) -> list[Segment]:
-        """The prompt up to where the answer begins.
+        """The prompt of a conversation.
 
         Args:
             messages: OpenAI-shaped; every string in them is taken for a stranger's.
             tools: OpenAI-shaped tool definitions.
             enable_thinking: passed on when not None; else the template's own default holds.
+            add_generation_prompt: let the prompt end where an answer begins, not where the last message ends.
             max_chars: the rendering stops with an error beyond this.
 
         Raises:
@@ -177,7 +179,7 @@ class ChatTemplate:
             **self._variables,
             "messages": [_mask_message(message, masks) for message in messages],
             "tools": _mask(list(tools), masks) if tools else None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": add_generation_prompt,
         }
         if enable_thinking is not None:
             context["enable_thinking"] = enable_thinking

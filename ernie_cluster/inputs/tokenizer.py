@@ -23,6 +23,7 @@ MARKUP = frozenset(
 _TAG = re.compile(r"<[^<>\s]+>")
 _PIPED_TAG = re.compile(r"<\|[^<>\s]+\|>")
 _REPLACEMENT = "\ufffd"
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -47,6 +48,8 @@ class Tokenizer:
         """Tokens that `skip_special` leaves out."""
         self.control_texts = frozenset(controls.values())
         """Spelling of every token that steers the model, `MARKUP` included."""
+        self._added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+        self._spells_bytes = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -97,10 +100,37 @@ class Tokenizer:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         return str(self._backend.decode(self.visible(ids, skip_special), skip_special_tokens=False))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 that a token stands for, maybe a part of a character; b"" for an id that is no token."""
+        piece = self._added.get(token_id) or self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if token_id in self._added:
+            return str(piece).encode()
+        if self._spells_bytes:
+            letters = [_BYTE_OF_LETTER.get(letter) for letter in piece]
+            return bytes(b for b in letters if b is not None) if None not in letters else str(piece).encode()
+        byte = _BYTE_PIECE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else str(piece).replace("\u2581", " ").encode()
+
+    def text_bytes(self, size: int) -> list[bytes]:
+        """`token_bytes` of the ids up to `size`, but b"" for those that an answer's text leaves out."""
+        return [b"" if i in self.special_ids else self.token_bytes(i) for i in range(size)]
+
     def visible(self, ids: Iterable[int], skip_special: bool) -> list[int]:
         """The ids that have a text: known ones, without special tokens if so wished."""
         hidden = self.special_ids if skip_special else frozenset()
         return [i for i in ids if i not in hidden and self._backend.id_to_token(i) is not None]
+
+
+def _byte_letters() -> dict[str, int]:
+    """Byte-level vocabularies write a byte as the letter of that number if it can be seen, else as one from 256 on."""
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
+
+
+_BYTE_OF_LETTER = _byte_letters()
 
 
 class IncrementalDecoder:

@@ -2,17 +2,14 @@
 
 Two steps: `open_clip` reads sizes and times, or refuses the video before a pixel is decoded; `prepare_clip` samples
 frames and takes them one at a time through decoding, timestamp, resizing and cutting, so that no more than one frame
-is held at its original size. Accepted are animated files and lists of frames; a decoder of real containers would be
-one more case of `open_clip`. Knows no prompt and no network.
+is held at its original size. What a file is, its first bytes decide. Knows no prompt and no network.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -20,59 +17,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
-from ernie_cluster.inputs.animation import canvas_size, frame_durations
+from ernie_cluster.inputs.animation import canvas_size, frame_durations, is_animation
+from ernie_cluster.inputs.clip import ACCEPTED, Clip, VideoLimits, check_at_most, decoding, make_clip, too_large
+from ernie_cluster.inputs.container import is_container, open_container
 from ernie_cluster.inputs.frames import VideoConfig, check_fps, draw_time, sample_frames
 from ernie_cluster.inputs.images import PixelConfig, PreparedMedia, prepared, to_patches, to_rgb
 from ernie_cluster.inputs.positions import merged_grid
 
-ANIMATIONS = ("image/gif", "image/webp", "image/png", "image/apng")
-"""Media types of files with frames and times in them."""
 FRAME_LISTS = ("video/jpeg", "video/png")
 """Media types of lists of encoded frames, which have no times of their own."""
 DEFAULT_SOURCE_FPS = 2.0
 """Rate at which the frames of a list were taken, when the client does not say."""
 
-Decode = Callable[[Sequence[int]], Iterator[Image.Image]]
-"""RGB frames of ascending indices, one at a time; raises InvalidRequest for frames that are broken."""
 
-_ACCEPTED = "an animated GIF, WebP or PNG, or data:video/jpeg;base64,FRAME,FRAME,... with JPEG or PNG frames"
-
-
-@dataclass(frozen=True, slots=True)
-class VideoLimits:
-    """What is accepted from a client; checked before a pixel is decoded."""
-
-    max_bytes: int = 20 * 2**20
-    """Of the encoded file, or of all encoded frames together."""
-    max_frames: int = 5000
-    """Frames in the file or list, sampled or not."""
-    max_frame_pixels: int = 3840 * 2160
-    """Width x height of a frame by its header."""
-    max_total_pixels: int = 500_000_000
-    """Pixels of all frames, sampled or not: an animation's frames build upon each other, so nearly all are decoded.
-    Pillow did 70 (GIF of noise) to 400 million (PNG) per second and core of a Xeon."""
-    max_duration_s: float = 24 * 3600.0
-    """From the first frame's beginning to the last one's end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """A video within the limits of its headers, not yet decoded."""
-
-    times_s: Sequence[float]
-    """When each frame begins, ascending from 0."""
-    duration_s: float
-    size: tuple[int, int]
-    """Width and height of every frame."""
-    decode: Decode
-
-
-def open_clip(mime: str, pieces: Sequence[bytes], limits: VideoLimits, source_fps: float | None = None) -> Clip:
+def open_clip(mime: str | None, pieces: Sequence[bytes], limits: VideoLimits, source_fps: float | None = None) -> Clip:
     """Read a video's headers.
 
     Args:
-        mime: media type in lower case.
-        pieces: one animated file, or the encoded frames of a list.
+        mime: media type in lower case, which tells a list of frames from a file; None is a file.
+        pieces: one file, or the encoded frames of a list.
         limits: see there.
         source_fps: rate at which the frames of a list were taken, 2 when None; files have times of their own.
 
@@ -81,20 +44,22 @@ def open_clip(mime: str, pieces: Sequence[bytes], limits: VideoLimits, source_fp
     """
     num_bytes = sum(map(len, pieces))
     if num_bytes > limits.max_bytes:
-        raise _too_large(f"has {num_bytes} bytes, the limit is {limits.max_bytes}; send a smaller file")
+        raise too_large(f"has {num_bytes} bytes, the limit is {limits.max_bytes}; send a smaller file")
     if mime in FRAME_LISTS:
         fps = DEFAULT_SOURCE_FPS if source_fps is None else source_fps
         check_fps(fps, "source_fps")
         return _open_list(pieces, limits, fps)
-    if mime not in ANIMATIONS:
-        raise InvalidRequest(f"videos of type {mime} are not served; send {_ACCEPTED}", code="invalid_video")
     if source_fps is not None:
         raise InvalidRequest(
             "source_fps is for lists of frames; a file has times of its own, leave it out", "source_fps"
         )
     if len(pieces) != 1:
-        raise InvalidRequest(f"{len(pieces)} pieces of type {mime}; send one file", code="invalid_video")
-    return _open_animation(pieces[0], limits)
+        raise InvalidRequest(f"the video comes in {len(pieces)} pieces; send one file", code="invalid_video")
+    if is_container(pieces[0]):
+        return open_container(pieces[0], limits)
+    if is_animation(pieces[0]):
+        return _open_animation(pieces[0], limits)
+    raise InvalidRequest(f"the video is of no kind that is served; send {ACCEPTED}", code="invalid_video")
 
 
 def prepare_clip(clip: Clip, pixels: PixelConfig, config: VideoConfig, *, max_tokens: int) -> PreparedMedia:
@@ -164,14 +129,15 @@ def _open_animation(data: bytes, limits: VideoLimits) -> Clip:
         size = canvas_size(data)
         for end_s in accumulate(frame_durations(data)):
             ends_s.append(end_s)
-            _check_at_most(len(ends_s), limits)
+            check_at_most(len(ends_s), limits)
     except ValueError as e:
-        raise InvalidRequest(f"the video cannot be read ({e}); send {_ACCEPTED}", code="invalid_video") from None
-    return _clip([0.0, *ends_s], size, limits, functools.partial(_decode_animation, data))
+        raise InvalidRequest(f"the video cannot be read ({e}); send {ACCEPTED}", code="invalid_video") from None
+    clip = make_clip([0.0, *ends_s], size, limits, functools.partial(_decode_animation, data))
+    return _within(clip, limits)
 
 
 def _decode_animation(data: bytes, indices: Sequence[int]) -> Iterator[Image.Image]:
-    with _decoding("the video"), Image.open(io.BytesIO(data), formats=("GIF", "WEBP", "PNG")) as image:
+    with decoding("the video"), Image.open(io.BytesIO(data), formats=("GIF", "WEBP", "PNG")) as image:
         first = int(getattr(image, "default_image", False))  # a PNG's, which is no part of the animation
         for index in indices:
             image.seek(first + index)
@@ -179,10 +145,10 @@ def _decode_animation(data: bytes, indices: Sequence[int]) -> Iterator[Image.Ima
 
 
 def _open_list(pieces: Sequence[bytes], limits: VideoLimits, fps: float) -> Clip:
-    _check_at_most(len(pieces), limits)
+    check_at_most(len(pieces), limits)
     sizes = []
     for i, piece in enumerate(pieces):
-        with _decoding(f"frame {i}"), _open_frame(piece) as image:
+        with decoding(f"frame {i}"), _open_frame(piece) as image:
             sizes.append(image.size)
     for i, (width, height) in enumerate(sizes):
         if sizes[i] != sizes[0]:
@@ -192,12 +158,14 @@ def _open_list(pieces: Sequence[bytes], limits: VideoLimits, fps: float) -> Clip
                 code="invalid_video",
             )
     ends_s = [i / fps for i in range(len(pieces) + 1)]
-    return _clip(ends_s, sizes[0] if sizes else (1, 1), limits, functools.partial(_decode_list, pieces))
+    size = sizes[0] if sizes else (1, 1)
+    clip = make_clip(ends_s, size, limits, functools.partial(_decode_list, pieces))
+    return _within(clip, limits)
 
 
 def _decode_list(pieces: Sequence[bytes], indices: Sequence[int]) -> Iterator[Image.Image]:
     for index in indices:
-        with _decoding(f"frame {index}"), _open_frame(pieces[index]) as image:
+        with decoding(f"frame {index}"), _open_frame(pieces[index]) as image:
             yield to_rgb(image)
 
 
@@ -205,43 +173,12 @@ def _open_frame(piece: bytes) -> Image.Image:
     return Image.open(io.BytesIO(piece), formats=("JPEG", "PNG"))
 
 
-@contextlib.contextmanager
-def _decoding(what: str) -> Iterator[None]:
-    """Decoders raise nearly anything on broken files, and their words may name addresses and paths."""
-    try:
-        yield
-    except Exception:
-        raise InvalidRequest(f"{what} cannot be decoded; send {_ACCEPTED}", code="invalid_video") from None
-
-
-def _clip(bounds_s: Sequence[float], size: tuple[int, int], limits: VideoLimits, decode: Decode) -> Clip:
-    """A clip whose frame i lasts from `bounds_s[i]` to `bounds_s[i + 1]`, if it is within the limits."""
-    num_frames, duration_s, (width, height) = len(bounds_s) - 1, bounds_s[-1], size
-    if num_frames < 2:
-        raise InvalidRequest(
-            f"the video has {num_frames} frames, at least 2 are needed; send a single picture as image_url",
-            code="invalid_video",
-        )
-    if duration_s > limits.max_duration_s:
-        raise _too_large(
-            f"lasts {duration_s:.0f} seconds, the limit is {limits.max_duration_s:.0f}; send a shorter one"
-        )
-    if not 0 < width * height <= limits.max_frame_pixels:
-        raise _too_large(
-            f"has frames of {width} x {height} pixels, the limit is {limits.max_frame_pixels} each; send smaller ones"
-        )
+def _within(clip: Clip, limits: VideoLimits) -> Clip:
+    """The clip, if decoding every frame of it is not too much."""
+    num_frames, (width, height) = len(clip.times_s), clip.size
     if num_frames * width * height > limits.max_total_pixels:
-        raise _too_large(
+        raise too_large(
             f"has {num_frames} frames of {width} x {height} pixels, the limit is {limits.max_total_pixels} pixels "
             "in all; send fewer or smaller ones"
         )
-    return Clip(bounds_s[:-1], duration_s, size, decode)
-
-
-def _check_at_most(num_frames: int, limits: VideoLimits) -> None:
-    if num_frames > limits.max_frames:
-        raise _too_large(f"has more than {limits.max_frames} frames; send fewer")
-
-
-def _too_large(what: str) -> InvalidRequest:
-    return InvalidRequest(f"the video {what}", code="video_too_large")
+    return clip

@@ -1,6 +1,6 @@
 """Logging: one line per record, with the request that it belongs to.
 
-The request id travels in a context variable, which follows `await` and new tasks by itself. Reads no environment: the
+Request id and caller travel in context variables, which follow `await` and new tasks by themselves. Reads no environment: the
 entry point hands in the level, usually that of ERNIE_LOG_LEVEL.
 """
 
@@ -17,6 +17,7 @@ ENV_LEVEL = "ERNIE_LOG_LEVEL"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+_caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="")
 
 
 @contextlib.contextmanager
@@ -29,21 +30,37 @@ def bind_request_id(request_id: str) -> Iterator[None]:
         _request_id.reset(token)
 
 
+def bound_request_id() -> str:
+    """The id that `bind_request_id` has bound here, or ""."""
+    request_id = _request_id.get()
+    return "" if request_id == "-" else request_id
+
+
+@contextlib.contextmanager
+def bind_caller(name: str) -> Iterator[None]:
+    """Put the name of the caller's key, if it has one, on every line that is logged inside."""
+    token = _caller.set(name)
+    try:
+        yield
+    finally:
+        _caller.reset(token)
+
+
 class LineFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.250Z INFO ernie_cluster.actors.router [req-1] message`, tracebacks and line breaks escaped.
 
-    Escaping keeps a client's text from forging a line.
+    With a caller's name it is `[req-1 alice]`. Escaping keeps a client's text from forging a line.
     """
 
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
+        super().__init__("%(asctime)s %(levelname)s %(name)s [%(origin)s] %(message)s")
         self.converter = time.gmtime
 
     def format(self, record: logging.LogRecord) -> str:
-        record.request_id = _request_id.get()
+        record.origin = f"{_request_id.get()} {_caller.get()}".rstrip()
         return super().format(record).translate(_BREAKS)
 
 

@@ -74,6 +74,10 @@ def _turned(mask: Image.Image, slant: float, cos: float, sin: float) -> Image.Im
 Line = tuple[Image.Image, list[Span]]
 
 
+_SPELLED = {"×": "x"}
+"""What Pillow's fonts lack, and what stands for it there."""
+
+
 class _Outline:
     """Pillow's outline font, at times bold."""
 
@@ -87,11 +91,12 @@ class _Outline:
         size = height / self.CAPITAL
         font = ImageFont.load_default(size)
         stroke, gap = round(self.weight * size), self.spacing * height
-        widths = [font.getlength(character) + gap + stroke for character in text]
+        widths = [font.getlength(_SPELLED.get(character, character)) + gap + stroke for character in text]
         mask = Image.new("L", (math.ceil(sum(widths)) + 2 * stroke + 2, math.ceil(size * 1.3) + 2 * stroke))
         draw, x, spans = ImageDraw.Draw(mask), stroke + 1.0, []
         for character, width in zip(text, widths, strict=True):
-            draw.text((x, mask.height / 2 + height / 2), character, 255, font, "ls", stroke_width=stroke)
+            letter = _SPELLED.get(character, character)
+            draw.text((x, mask.height / 2 + height / 2), letter, 255, font, "ls", stroke_width=stroke)
             spans.append((character, x, x + width - gap))
             x += width
         return mask, spans
@@ -111,7 +116,7 @@ class _Bitmap:
         scale = height / self.CAPITAL
         width, tall = self.CELL
         small = Image.new("1", (width * len(text), tall))
-        ImageDraw.Draw(small).text((0, 0), text, 1, self.font)
+        ImageDraw.Draw(small).text((0, 0), "".join(_SPELLED.get(c, c) for c in text), 1, self.font)
         size = (max(1, round(small.width * scale)), max(1, round(tall * scale)))
         spans = [(c, i * width * scale, (i + 1) * width * scale) for i, c in enumerate(text)]
         return small.convert("L").resize(size, self.resampling), spans

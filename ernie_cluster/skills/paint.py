@@ -39,13 +39,13 @@ def distance(a: Colour, b: Colour) -> float:
 def background_colour(rng: random.Random) -> Colour:
     """Pale, dark, grey or any."""
     kind = rng.random()
-    if kind < 0.35:
+    if kind < 0.5:
         base = rng.randint(215, 255)
         return shaded(rng, (base, base, base), 10)
-    if kind < 0.5:
+    if kind < 0.65:
         base = rng.randint(0, 50)
         return shaded(rng, (base, base, base), 10)
-    if kind < 0.7:
+    if kind < 0.8:
         base = rng.randint(60, 210)
         return shaded(rng, (base, base, base), 8)
     return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)

@@ -155,6 +155,8 @@ class ByteProcessor:
         enable_thinking: bool | None,
         tools: list[dict[str, Any]] | None,
         timeout_s: float,
+        add_generation_prompt: bool = True,
+        cache_salt: bytes = b"",
     ) -> GenerationRequest:
         return self.completion(
             str(messages[-1]["content"]), request_id=request_id, sampling=sampling, timeout_s=timeout_s

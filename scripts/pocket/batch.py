@@ -35,6 +35,8 @@ class Shown:
     """[t*h*w], likewise."""
     boxes: NDArray[np.float32]
     """[t*h*w, 4]: its edges relative to the patch's centre, in pixels / 64; NaN where nothing stands."""
+    places: NDArray[np.float32]
+    """[t*h*w, 4]: the same edges as fractions of the picture's width and height."""
     counts: Ints
     """[tokens]: centres of things within each token, -1 for unknown."""
 
@@ -101,11 +103,12 @@ class Batch:
     names: Tensor
     colours: Tensor
     boxes: Tensor
+    places: Tensor
     counts: Tensor
     num_samples: int
 
 
-NUM_TOKENS = 4096
+NUM_TOKENS = 2048
 """Of every batch: what the trees leave free is padded, so that the shapes of most products never change."""
 
 _ROUND = 256
@@ -142,10 +145,10 @@ def make_batch(trees: Sequence[Tree], vision_pool: frozenset[int]) -> Batch:
         vision_rows=torch.from_numpy(vision_rows),
         pool_order=torch.from_numpy(np.argsort(np.concatenate([text_rows, vision_rows]))),
         segments=_rectangles(trunks_first, len(ids), is_causal=True),
-        target_rows=_joined([np.array([t[0] for t in targets])], (), np.int64, 0),
-        target_ids=_joined([np.array([t[1] for t in targets])], (), np.int64, 0),
+        target_rows=_joined([np.array([t[0] for t in targets], np.int64)], (), np.int64, 0),
+        target_ids=_joined([np.array([t[1] for t in targets], np.int64)], (), np.int64, 0),
         target_weights=_joined([np.array([t[2] for t in targets], np.float32)], (), np.float32, 0.0),
-        num_samples=sum(len(tree.segments) - 1 for tree in trees),
+        num_samples=sum(max(1, len(tree.segments) - 1) for tree in trees[:-1]),
         **_media_tensors(media),
     )
 
@@ -178,6 +181,7 @@ def _media_tensors(media: list[tuple[int, Shown]]) -> dict[str, Any]:
         "names": _joined([s.names for s in shown], (), np.int64, -1),
         "colours": _joined([s.colours for s in shown], (), np.int64, -1),
         "boxes": _joined([s.boxes for s in shown], (4,), np.float32, np.nan),
+        "places": _joined([s.places for s in shown], (4,), np.float32, np.nan),
         "counts": _joined([s.counts for s in shown], (), np.int64, -1),
     }
 

@@ -20,12 +20,19 @@ Group = list[Sample]
 _SYSTEM = ("You are a helpful assistant.", "You are ERNIE.", "Answer shortly.", "你是一个有用的助手。")
 
 
-def draw_group(seed: int) -> Group:
-    """A few samples with a common beginning; the same for the same seed."""
+def draw_group(seed: int, ease: float = 0.0) -> Group:
+    """A few samples with a common beginning; the same for the same arguments.
+
+    Args:
+        seed: below `catalog.HELD_OUT`.
+        ease: share of lessons with one or two things to see, or one or two digits to read. What colour the circle is
+            can be learned once "what colour is it" is known, and hardly before.
+    """
     assert 0 <= seed < catalog.HELD_OUT, f"seed {seed} is for evaluation"
     rng = random.Random(f"lesson:{seed}")
+    is_easy = rng.random() < ease
     group = rng.choices(list(_MIXTURE), [share for share, _ in _MIXTURE.values()])[0]
-    samples = _MIXTURE[group][1](rng)
+    samples = _EASY[group](rng) if is_easy and group in _EASY else _MIXTURE[group][1](rng)
     if rng.random() < 0.05:
         system = {"role": "system", "content": rng.choice(_SYSTEM)}
         samples = [replace(s, messages=(system, *s.messages)) for s in samples]
@@ -39,11 +46,18 @@ def _language(rng: random.Random) -> Language:
 
 
 def _scene(rng: random.Random) -> Group:
-    count = rng.randint(1, 9) if rng.random() < 0.55 else rng.randint(1, 4)
+    return _ask_about_scene(rng, rng.randint(1, 9) if rng.random() < 0.55 else rng.randint(1, 4))
+
+
+def _easy_scene(rng: random.Random) -> Group:
+    return _ask_about_scene(rng, rng.choice((1, 1, 2)))
+
+
+def _ask_about_scene(rng: random.Random, count: int) -> Group:
     picture = looking.random_scene(rng, count)
     wanted = ["count", "ground", rng.choice(("colour", "shape")), rng.choice(("count", "ground"))]
     if count <= 4:
-        wanted += [rng.choice(("colour", "shape")), "describe"]
+        wanted += ["colour", "shape", "describe"]
     group: Group = []
     for skill in wanted:
         language: Language = "en" if skill == "ground" else _language(rng)
@@ -67,7 +81,15 @@ def _after(rng: random.Random, group: Group, new: Sample) -> Sample:
 
 def _read(rng: random.Random) -> Group:
     is_number = rng.random() < 0.6
-    text = reading.random_number(rng) if is_number else reading.random_word(rng)
+    return _ask_about_text(rng, reading.random_number(rng) if is_number else reading.random_word(rng))
+
+
+def _easy_read(rng: random.Random) -> Group:
+    return _ask_about_text(rng, str(rng.randint(0, rng.choice((9, 9, 99)))))
+
+
+def _ask_about_text(rng: random.Random, text: str) -> Group:
+    is_number = text.isdigit()
     picture = reading.write(rng, text)
     ask = reading.ask_number if is_number else reading.ask_word
     group: Group = []
@@ -192,6 +214,9 @@ _MIXTURE: Mapping[str, tuple[float, Callable[[random.Random], Group]]] = {
     "talk": (0.02, _talk),
 }
 """Name -> share of the groups, and how one is drawn."""
+
+
+_EASY: Mapping[str, Callable[[random.Random], Group]] = {"scene": _easy_scene, "read": _easy_read}
 
 
 def _picture_last(s: Sample) -> Sample:

@@ -47,6 +47,10 @@ class Network(nn.Module):
                 "colours": nn.Linear(config.vision.hidden_size, colours),
                 "boxes": nn.Linear(config.vision.hidden_size, 4),
                 "counts": nn.Linear(config.text.hidden_size, counts),
+                "token_names": nn.Linear(config.text.hidden_size, 4 * names),
+                "token_colours": nn.Linear(config.text.hidden_size, 4 * colours),
+                "token_boxes": nn.Linear(config.text.hidden_size, 4 * 4),
+                "token_places": nn.Linear(config.text.hidden_size, 4 * 4),
             }
         )
         self.loads: dict[int, Tensor] = {}
@@ -56,7 +60,7 @@ class Network(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the batch's target rows, and what the scaffold reads: ViT outputs [P, C], embeddings [n, D]."""
         x = functional.embedding(batch.ids, self.decoder.embed.to(HALF))
-        patches, embeds = self._see(batch)
+        patches, embeds = self.see(batch)
         x = x.index_copy(0, batch.media_rows, embeds[: len(batch.media_rows)])
         turn = _text_angles(batch.positions, self.config)
         for i, layer in enumerate(self.decoder.layers):
@@ -96,7 +100,8 @@ class Network(nn.Module):
         back = torch.cat(outs).index_select(0, batch.pool_order)
         return back + _gated(x, mlp.shared.gate_up, mlp.shared.down)
 
-    def _see(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def see(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """ViT outputs [P, C] and embeddings [n, D] of all pictures."""
         vision = self.config.vision
         assert vision is not None
         tower, resampler = self.vision.tower, self.vision.resampler
@@ -251,15 +256,49 @@ def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.no_grad()
 def _initialise(network: Network, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    depth = 2 * network.config.text.num_layers
     for name, p in network.named_parameters():
         p.requires_grad_(not name.endswith("router.bias"))
         if name.endswith("bias"):
             p.zero_()
         elif p.ndim == 1:
             p.fill_(1.0)
+        elif name.endswith(("attention.out", "down", "proj.weight", "fc2.weight")) and "resampler" not in name:
+            p.zero_()  # each layer begins by passing on what it gets
         else:
-            scale = 0.05 if name.endswith("embed") else 0.7 * p.shape[-1] ** -0.5
-            if name.endswith(("attention.out", "down", "proj.weight", "fc2.weight")) and "resampler" not in name:
-                scale *= depth**-0.5
-            p.normal_(0, scale, generator=generator)
+            p.normal_(0, _EMBED if name.endswith("embed") else 0.7 * p.shape[-1] ** -0.5, generator=generator)
+    network.decoder.norm.fill_(0.15)  # the embedding is the head, too: logits begin near 1
+    network.vision.resampler.after_norm.fill_(_EMBED)
+    for block, steps in zip(network.vision.tower.blocks, _NEIGHBOURS, strict=False):
+        _look_around(block, steps)
+
+
+_EMBED = 0.5
+"""Size of the numbers in words' and pictures' embeddings: large enough to be seen beside what the layers add."""
+
+_NEIGHBOURS = (
+    ((0, 1), (0, -1), (1, 0), (-1, 0)),
+    ((1, 1), (1, -1), (-1, 1), (-1, -1)),
+    ((0, 2), (0, -2), (2, 0), (-2, 0)),
+)
+"""Per block and head: which neighbour (rows down, columns right) it looks at to begin with; later blocks look freely."""
+
+_ATTENTION_PULL = 5.0
+
+
+def _look_around(block: VisionBlock, steps: tuple[tuple[int, int], ...]) -> None:
+    """Let each head begin by looking at one neighbour: a ViT that must find out what is near needs far more pictures.
+
+    The biases of query and key are turned like all queries and keys. A key's bias that lies behind the query's by the
+    angle of a step makes the product greatest where the key is that step away.
+    """
+    width = block.qkv.weight.shape[1]
+    head_dim = width // block.num_heads
+    half = head_dim // 2
+    inverse = 10000.0 ** -(torch.arange(0, half, 2) / half)
+    is_high = (inverse > 0.05).repeat(2) * _ATTENTION_PULL
+    block.qkv.weight[: 2 * width] *= 0.3
+    for head, (down, right) in enumerate(steps[: block.num_heads]):
+        angle = -torch.cat([inverse * down, inverse * right])
+        query, key = (block.qkv.bias[i * width + head * head_dim :][:head_dim] for i in (0, 1))
+        query[:half] = is_high
+        key[:half], key[half:] = is_high * angle.cos(), is_high * angle.sin()

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 _STEPS, _A, _B, _C = 5, 3.4445, -4.7750, 2.0315
 MOMENTUM = 0.95
 ADAM_BETAS, ADAM_EPS = (0.9, 0.98), 1e-8
-WEIGHT_DECAY = 0.02
+WEIGHT_DECAY = 0.2
+AVERAGE = 0.99
+"""What remains of the running mean of the parameters after a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,35 +53,44 @@ class Optimiser:
         self.gradients = torch.zeros(num_processes, start).share_memory_()
         self.momentum = torch.zeros(start).share_memory_()
         self.variance = torch.zeros(start).share_memory_()
+        self.average = torch.zeros(start).share_memory_()
+        """Running mean of the parameters: what is shipped."""
+        self.start_average()
 
     def attach(self, rank: int) -> None:
         """Let this process's backward passes add to its row of gradients."""
         for slot in self.slots:
             slot.parameter.grad = self.gradients[rank, slot.start : slot.end].view_as(slot.parameter)
 
+    @torch.no_grad()
+    def start_average(self) -> None:
+        """Let the running mean begin at the parameters as they are."""
+        for slot in self.slots:
+            self.average[slot.start : slot.end] = slot.parameter.view(-1)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Replace the parameters by their running mean, after the last update."""
+        for slot in self.slots:
+            slot.parameter.copy_(self.average[slot.start : slot.end].view_as(slot.parameter))
+
     def clear(self, rank: int) -> None:
         self.gradients[rank].zero_()
 
     @torch.no_grad()
-    def update(self, rank: int, step: int, muon_rate: float, adam_rate: float) -> None:
+    def update(self, rank: int, step: int, muon_rate: float, adam_rate: float, parts: tuple[str, ...] = ("",)) -> None:
         """Update this process's part of the parameters; all processes must have written their gradients.
 
         Args:
             step: counted from 1.
+            parts: how names of parameters begin that are to move; those without gradients must not.
         """
         size = len(self.gradients)
-        for slots in self._matrices()[rank::size]:
+        moving = [slot for slot in self.slots if slot.name.startswith(parts)]
+        for slots in _by_shape([slot for slot in moving if _is_matrix(slot)])[rank::size]:
             self._update_matrices(slots, muon_rate)
-        for slot in [s for s in self.slots if not _is_matrix(s)][rank::size]:
+        for slot in [slot for slot in moving if not _is_matrix(slot)][rank::size]:
             self._update_other(slot, step, adam_rate)
-
-    def _matrices(self) -> list[list[Slot]]:
-        """Slots of equal shape together, largest work first."""
-        by_shape: dict[tuple[int, ...], list[Slot]] = defaultdict(list)
-        for slot in filter(_is_matrix, self.slots):
-            by_shape[tuple(slot.parameter.shape)].append(slot)
-        halves = [group[i::2] for group in by_shape.values() for i in range(2) if group[i::2]]
-        return sorted(halves, key=lambda g: -sum(s.parameter.numel() * min(s.parameter.shape[-2:]) for s in g))
 
     def _update_matrices(self, slots: list[Slot], rate: float) -> None:
         directions = []
@@ -92,6 +103,7 @@ class Optimiser:
         turned = _orthogonal(torch.cat(directions)).float() * max(1.0, rows / columns) ** 0.5
         for slot, direction in zip(slots, turned.split([len(d) for d in directions]), strict=True):
             slot.parameter.mul_(1 - rate * WEIGHT_DECAY).add_(direction.view_as(slot.parameter), alpha=-rate)
+            self._follow(slot)
 
     def _update_other(self, slot: Slot, step: int, rate: float) -> None:
         gradient = self.gradients[:, slot.start : slot.end].mean(0)
@@ -100,6 +112,19 @@ class Optimiser:
         second.lerp_(gradient.square(), 1 - ADAM_BETAS[1])
         scale = (second / (1 - ADAM_BETAS[1] ** step)).sqrt_().add_(ADAM_EPS)
         slot.parameter.view(-1).addcdiv_(first, scale, value=-rate / (1 - ADAM_BETAS[0] ** step))
+        self._follow(slot)
+
+    def _follow(self, slot: Slot) -> None:
+        self.average[slot.start : slot.end].lerp_(slot.parameter.view(-1), 1 - AVERAGE)
+
+
+def _by_shape(matrices: list[Slot]) -> list[list[Slot]]:
+    """Slots of equal shape together, in two halves each, largest work first."""
+    groups: dict[tuple[int, ...], list[Slot]] = defaultdict(list)
+    for slot in matrices:
+        groups[tuple(slot.parameter.shape)].append(slot)
+    halves = [group[i::2] for group in groups.values() for i in range(2) if group[i::2]]
+    return sorted(halves, key=lambda g: -sum(s.parameter.numel() * min(s.parameter.shape[-2:]) for s in g))
 
 
 def _is_matrix(slot: Slot) -> bool:

@@ -33,13 +33,14 @@ class Progress:
                 "rate": report.num_samples / report.seconds, "step_s": report.seconds}  # fmt: skip
         for key, value in news.items():
             self._mean[key] = self._mean.get(key, value) * _SMOOTH + value * (1 - _SMOOTH)
-        self._losses.append((report.step, report.loss))
+        if report.loss > 0:  # there are no answers while the eyes are taught
+            self._losses.append((report.step, report.loss))
         now = time.monotonic()
         is_last = report.step + 1 == self._steps
         if now - self._last_line > (0.5 if sys.stderr.isatty() else 20.0) or is_last:
             self._last_line = now
             print(self._line(report.step + 1), end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-        if now - self._last_plotted > _PLOT_EVERY_S or is_last:
+        if self._losses and (now - self._last_plotted > _PLOT_EVERY_S or is_last):
             self._last_plotted = now
             draw_plot(self._losses, self._plot)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from batch import NUM_TOKENS, Batch, Tree, make_batch
+from crowds import draw_crowd
 from lessons import draw_group
 from network import Network
 from optimiser import Optimiser
@@ -18,16 +20,27 @@ from torch import Tensor, multiprocessing
 from torch.nn import functional
 from trees import Planter
 
+from ernie_cluster.skills.catalog import HELD_OUT
+
 NUM_PROCESSES = 2
 """Fixed, as it is part of what the result depends on."""
 
 WARM_UP, COOL_DOWN = 0.02, 0.35
 """Shares of the steps in which the learning rate rises, and falls to zero."""
 
+EASE = 0.9
+"""Share of easy lessons to begin with."""
+
 BALANCE_RATE = 0.004
 """By how much an expert's bias moves per step towards an even load."""
 
 SCAFFOLD_WEIGHT = 0.3
+
+LESSONS_PER_LOOK = 4
+"""Every fourth tree goes on teaching the eyes alone, which costs little as it has no text."""
+
+PICTURES_PER_LOOK = 40
+"""Of each process, while the eyes are taught."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +48,23 @@ class Plan:
     """How long and how fast."""
 
     steps: int
+    """In all."""
+    eye_steps: int
+    """The first of them teach the eyes alone: nothing can be learned about pictures that are not seen yet."""
     seed: int
-    muon_rate: float = 0.02
-    adam_rate: float = 0.003
+    muon_rate: float = 0.006
+    adam_rate: float = 0.001
     checkpoint_every_s: float = 180.0
 
     def rate(self, step: int) -> float:
         """Share of the full learning rate at a step, counted from 0."""
         done = step / self.steps
         return min(1.0, (step + 1) / (WARM_UP * self.steps + 1), (1 - done) / COOL_DOWN)
+
+    def ease(self, step: int) -> float:
+        """Share of easy lessons: most at first, few in the end."""
+        done = (step - self.eye_steps) / max(1, self.steps - self.eye_steps)
+        return max(0.1, EASE * (1 - done))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +98,8 @@ class Classroom:
             NUM_PROCESSES, len(sparse), 2, network.config.text.text_experts.num_experts
         ).share_memory_()
         self.biases = [network.decoder.layers[i].mlp.router.bias for i in sparse]
-        self.first_step = 0
+        self.first_step = self.step = 0
+        self.seconds, self.num_samples = 0.0, 0
 
     def save(self, path: Path, next_step: int) -> None:
         """Write all that is needed to go on; the file is replaced whole."""
@@ -86,6 +108,9 @@ class Classroom:
             "network": self.network.state_dict(),
             "momentum": self.optimiser.momentum,
             "variance": self.optimiser.variance,
+            "average": self.optimiser.average,
+            "seconds": self.seconds,
+            "num_samples": self.num_samples,
         }
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
@@ -96,7 +121,9 @@ class Classroom:
         self.network.load_state_dict(state["network"])
         self.optimiser.momentum.copy_(state["momentum"])
         self.optimiser.variance.copy_(state["variance"])
+        self.optimiser.average.copy_(state["average"])
         self.first_step = state["step"]
+        self.seconds, self.num_samples = state["seconds"], state["num_samples"]
 
     def run(self, report: Callable[[Report], None], checkpoint: Path) -> None:
         """Train to the end. Rank 0 is this process: it reports and writes checkpoints; the other is its child."""
@@ -116,24 +143,28 @@ class Classroom:
     ) -> None:
         torch.set_num_threads(1)
         self.optimiser.attach(rank)
-        batches = self._batches(rank)
+        batches, looks = self._batches(rank), self._looks(rank)
         last_saved = time.monotonic()
         for step in range(self.first_step, self.plan.steps):
-            start = time.monotonic()
+            start, self.step = time.monotonic(), step
             self.optimiser.clear(rank)
-            batch = next(batches)
-            loss, scaffold_loss, accuracy = lesson(self.network, batch)
+            is_eyes = step < self.plan.eye_steps
+            batch = next(looks if is_eyes else batches)
+            loss, scaffold_loss, accuracy = (look if is_eyes else lesson)(self.network, batch)
             (loss + SCAFFOLD_WEIGHT * scaffold_loss).backward()  # type: ignore[no-untyped-call]
             for i, load in enumerate(self.network.loads.values()):
                 self.loads[rank, i] = load
             barrier.wait()
             rate = self.plan.rate(step)
-            self.optimiser.update(rank, step + 1, self.plan.muon_rate * rate, self.plan.adam_rate * rate)
-            if rank == 0:
+            parts = ("vision", "scaffold") if is_eyes else ("",)
+            self.optimiser.update(rank, step + 1, self.plan.muon_rate * rate, self.plan.adam_rate * rate, parts)
+            if rank == 0 and not is_eyes:
                 self._balance(rate)
             barrier.wait()
             if report is not None:
                 seconds = time.monotonic() - start
+                self.seconds += seconds
+                self.num_samples += batch.num_samples * NUM_PROCESSES
                 report(
                     Report(
                         step, loss.item(), scaffold_loss.item(), accuracy, batch.num_samples * NUM_PROCESSES, seconds
@@ -155,18 +186,38 @@ class Classroom:
         """Batches of as many trees as fit; each process and each start of the run draws seeds of its own."""
         assert self.network.config.token_ids is not None
         pool = self.network.config.token_ids.vision_pool
-        seed = ((self.plan.seed * NUM_PROCESSES + rank) << 32) + (self.first_step << 16) % (1 << 32)
         trees: list[Tree] = []
         num_tokens = 0
-        while True:
-            tree = self.planter.plant(draw_group(seed % (1 << 40)))
-            seed += 1
+        for seed in itertools.count(self._first_seed(rank)):
+            ease = self.plan.ease(self.step)
+            is_look = seed % LESSONS_PER_LOOK == 0
+            tree = (
+                self.planter.plant_picture(draw_crowd(seed)) if is_look else self.planter.plant(draw_group(seed, ease))
+            )
             if num_tokens + len(tree.ids) > NUM_TOKENS:
                 yield make_batch(trees, pool)
                 trees, num_tokens = [], 0
             if len(tree.ids) <= NUM_TOKENS:
                 trees.append(tree)
                 num_tokens += len(tree.ids)
+
+    def _looks(self, rank: int) -> Iterator[Batch]:
+        """Batches of pictures without questions."""
+        assert self.network.config.token_ids is not None
+        seed = self._first_seed(rank)
+        while True:
+            trees = [self.planter.plant_picture(draw_crowd(seed + i)) for i in range(PICTURES_PER_LOOK)]
+            seed += PICTURES_PER_LOOK
+            yield make_batch(trees, self.network.config.token_ids.vision_pool)
+
+    def _first_seed(self, rank: int) -> int:
+        return (((self.plan.seed * NUM_PROCESSES + rank) << 32) + (self.first_step << 16)) % HELD_OUT
+
+
+def look(network: Network, batch: Batch) -> tuple[Tensor, Tensor, float]:
+    """As `lesson`, but for the eyes alone."""
+    patches, embeds = network.see(batch)
+    return torch.zeros(()), _scaffold_loss(network, batch, patches, embeds), 0.0
 
 
 def lesson(network: Network, batch: Batch) -> tuple[Tensor, Tensor, float]:
@@ -192,9 +243,37 @@ def _scaffold_loss(network: Network, batch: Batch, patches: Tensor, embeds: Tens
     if (batch.colours > 0).any():
         only_things = batch.colours.masked_fill(batch.colours == 0, -1)
         total = total + functional.cross_entropy(heads["colours"](seen), only_things, ignore_index=-1)
+    total = total + _token_loss(network, batch, counted)
     if is_thing.any():
         boxes = heads["boxes"](seen[is_thing])
         total = total + functional.smooth_l1_loss(boxes, batch.boxes[is_thing], beta=0.1)
     if (batch.counts >= 0).any():
         total = total + functional.cross_entropy(heads["counts"](counted), batch.counts, ignore_index=-1)
     return total if math.isfinite(total.item()) else torch.zeros((), requires_grad=True)
+
+
+def _token_loss(network: Network, batch: Batch, embeds: Tensor) -> Tensor:
+    """The same for the resampler: an embedding must tell what stands at each of its four patches.
+
+    Frames of videos are left out: their patches have no labels.
+    """
+    heads, blocks = network.scaffold, batch.first_frame
+    names, colours = batch.names.view(-1, 4)[blocks], batch.colours.view(-1, 4)[blocks]
+    is_known = (names >= 0).all(1)
+    if not is_known.any():
+        return torch.zeros(())
+    seen, names, colours = embeds[is_known], names[is_known].view(-1), colours[is_known].view(-1)
+    num_names, num_colours = heads["names"].out_features, heads["colours"].out_features
+    weight = torch.ones(num_names)
+    weight[0] = 0.3
+    total = functional.cross_entropy(heads["token_names"](seen).view(-1, num_names), names, weight)
+    is_coloured = colours > 0
+    if is_coloured.any():
+        logits = heads["token_colours"](seen).view(-1, num_colours)[is_coloured]
+        total = total + functional.cross_entropy(logits, colours[is_coloured])
+    if (names > 0).any():
+        for kind, edges, unit in (("token_boxes", batch.boxes, 1.0), ("token_places", batch.places, 5.0)):
+            wanted = edges.view(-1, 4, 4)[blocks][is_known].view(-1, 4)[names > 0]
+            read = heads[kind](seen).view(-1, 4)[names > 0]
+            total = total + functional.smooth_l1_loss(read * unit, wanted * unit, beta=0.1)
+    return total

@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each process has one core
 
 import torch
+from card import Making, write_card
 from evaluate import evaluate
 from export import export
 from files import write_files
@@ -45,19 +46,22 @@ def main() -> None:
         write_files(args.work, corpus())
     processor = ChatProcessor.from_folder(args.work, served_name="pocket")
     network = Network(processor.config, NUM_LABELS, args.seed)
-    room = Classroom(network, Planter(processor), Plan(args.steps, args.seed))
+    room = Classroom(network, Planter(processor), Plan(args.steps, args.eye_steps, args.seed))
     if args.resume and state.exists():
         room.load(state)
     progress = Progress(args.steps, args.work / "loss.png")
     room.run(progress, state)
     progress.close()
+    room.optimiser.settle()
     export(network, args.work, args.out)
-    evaluate(args.out, args.samples)
+    scores = evaluate(args.out, args.samples)
+    write_card(args.out, scores, Making(args.steps, args.seed, room.seconds, room.num_samples))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3600, help="updates; each sees about 130 questions (default 3600)")
+    parser.add_argument("--steps", type=int, default=4100, help="updates; each sees about 90 questions (default 4100)")
+    parser.add_argument("--eye-steps", type=int, default=720, help="of these, teach the eyes alone (default 720)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and lessons (default 0)")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the checkpoint (default: the shipped one)")
     parser.add_argument("--work", type=Path, default=Path("pocket-training"), help="folder of state.pt and loss.png")

@@ -71,6 +71,17 @@ class Planter:
             tree.targets += [(first + j, token, weight) for j, token in enumerate(answer)]
         return tree
 
+    def plant_picture(self, picture: Picture) -> Tree:
+        """A tree that is a picture and nothing else."""
+        pixels = self._processor.pixels
+        media = prepared("image", *to_patches([picture.image], pixels), pixels)
+        labels = _labels(picture, media.grid_thw, pixels.patch_size)
+        assert self._processor.config.token_ids is not None
+        num = media.num_tokens
+        tree = Tree([self._processor.config.token_ids.image_patch] * num, np.zeros((3, num), np.int64), [(0, num)])
+        tree.shown.append(Shown(0, media.grid_thw, media.patches, *labels))
+        return tree
+
     def request(self, sample: Sample) -> GenerationRequest:
         """The request that a server would make of it; pictures are not encoded on the way, as PNG loses nothing."""
         messages = []
@@ -137,18 +148,19 @@ def _common_length(requests: Sequence[GenerationRequest]) -> int:
     return length
 
 
-Labels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Labels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _labels(picture: Picture | None, grid: tuple[int, int, int], patch: int) -> Labels:
-    """Names, colours, boxes per patch and counts per token; see `Shown`."""
+    """Names, colours, boxes and places per patch, counts per token; see `Shown`."""
     t, h, w = grid
     num, is_known = t * h * w, picture is not None and bool(picture.things)
     names = np.full(num, 0 if is_known else -1, np.int64)
     colours, boxes = names.copy(), np.full((num, 4), np.nan, np.float32)
     counts = np.full(max(1, t // 2) * h * w // 4, 0 if is_known else -1, np.int64)
+    places = boxes.copy()
     if picture is None or not is_known:
-        return names, colours, boxes, counts
+        return names, colours, boxes, places, counts
     scale = np.array([w * patch / picture.image.width, h * patch / picture.image.height] * 2)
     centres = patch_places(h, w)[:, ::-1] * patch + patch / 2
     for thing in sorted(picture.things, key=lambda thing: -(thing.box[2] - thing.box[0])):
@@ -159,6 +171,7 @@ def _labels(picture: Picture | None, grid: tuple[int, int, int], patch: int) -> 
         names[inside] = NAMES[thing.name]
         colours[inside] = COLOUR_IDS.get(thing.colour, -1)
         boxes[inside] = (box - np.tile(centres[inside], (1, 2))) / 64
+        places[inside] = box / (np.array([w, h] * 2) * patch)
         if thing.name in SHAPES:
             counts[int(np.argmin(nearest)) // 4] += 1
-    return names, colours, boxes, counts.clip(max=NUM_LABELS[2] - 1)
+    return names, colours, boxes, places, counts.clip(max=NUM_LABELS[2] - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
+from ernie_cluster.api.fetcher import Fetcher
+from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.observe.metrics import InMemoryMetrics
@@ -29,10 +31,14 @@ class Server:
     processor: FakeProcessor = field(default_factory=FakeProcessor)
     limits: ApiLimits = field(default_factory=ApiLimits)
     metrics: InMemoryMetrics = field(default_factory=InMemoryMetrics)
+    guard: Guard | None = None
+    fetcher: Fetcher | None = None
 
     def __post_init__(self) -> None:
         name = self.processor.served_name
-        self.app: FastAPI = create_app(self.backend, {name: self.processor}, self.limits, self.metrics)
+        self.app: FastAPI = create_app(
+            self.backend, {name: self.processor}, self.limits, self.metrics, self.guard, self.fetcher
+        )
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -48,9 +54,9 @@ class Server:
                 url, content=content, headers={"content-type": "application/json", **(headers or {})}
             )
 
-    async def get(self, url: str) -> httpx.Response:
+    async def get(self, url: str, headers: dict[str, str] | None = None) -> httpx.Response:
         async with self.client() as client:
-            return await client.get(url)
+            return await client.get(url, headers=headers)
 
     async def chat(self, **fields: Any) -> httpx.Response:
         return await self.post(CHAT_URL, chat_body(**fields))
@@ -66,7 +72,9 @@ def chat_body(**fields: Any) -> dict[str, Any]:
 class Connection:
     """One POST over bare ASGI: its answer can be read piece by piece, and the client can leave."""
 
-    def __init__(self, app: FastAPI, body: bytes, *, is_complete: bool = True) -> None:
+    def __init__(
+        self, app: FastAPI, body: bytes, *, is_complete: bool = True, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._inbox.put_nowait({"type": "http.request", "body": body, "more_body": not is_complete})
         self._outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -80,7 +88,7 @@ class Connection:
             "root_path": "",
             "scheme": "http",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), *headers],
             "server": ("test", 80),
             "client": ("test", 1),
         }

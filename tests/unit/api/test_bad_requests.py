@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from ernie_cluster.api.limits import ApiLimits
 from tests.fakes import FakeProcessor
-from tests.unit.api.client import CHAT_URL, COMPLETION_URL, Server, chat_body
+from tests.unit.api.client import CHAT_URL, COMPLETION_URL, Connection, Server, chat_body
 
 pytestmark = pytest.mark.anyio
 
-LIMITS = ApiLimits(max_body_bytes=20_000, max_json_items=2000, max_messages=4, max_prompts=3, max_tools=2, max_n=3)
+LIMITS = ApiLimits(
+    max_body_bytes=20_000,
+    max_json_items=2000,
+    max_messages=4,
+    max_prompts=3,
+    max_tools=2,
+    max_n=3,
+    max_grammar_bytes=5000,
+)
 
 
 def content(value: Any) -> dict[str, Any]:
@@ -21,6 +30,10 @@ def content(value: Any) -> dict[str, Any]:
 
 def tool(**function: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
 
 
 def answered(call_id: str | None) -> dict[str, Any]:
@@ -115,6 +128,9 @@ CHAT = [  # fields that differ from a good body, status, param
     ({"n": 4}, 400, "n"),
     ({"n": True}, 400, "n"),
     ({"stream": "yes"}, 400, "stream"),
+    ({"cache_salt": ""}, 400, "cache_salt"),
+    ({"cache_salt": 1}, 400, "cache_salt"),
+    ({"cache_salt": "x" * 1025}, 400, "cache_salt"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage"),
     ({"ignore_eos": 1}, 400, "ignore_eos"),
@@ -125,16 +141,41 @@ CHAT = [  # fields that differ from a good body, status, param
     ({"tools": [tool(name="f")] * 3}, 400, "tools"),
     ({"tools": [tool()]}, 400, "tools[0].function.name"),
     ({"tool_choice": "required"}, 400, "tool_choice"),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice"),
-    ({"parallel_tool_calls": False}, 400, "parallel_tool_calls"),
+    ({"tool_choice": "must"}, 400, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {}}}, 400, "tool_choice.function.name"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice.function.name"),
+    ({"tool_choice": "required", "tools": [tool(name="f", parameters={"type": "array"})]}, 400, "tools[0].function.parameters"),
+    ({"tool_choice": "required", "tools": [tool(name="f", parameters={"not": {}})]}, 400, "tools"),
+    ({"parallel_tool_calls": 0}, 400, "parallel_tool_calls"),
     ({"reasoning_effort": "huge"}, 400, "reasoning_effort"),
     ({"enable_thinking": "no"}, 400, "enable_thinking"),
     (answered(None), 400, "messages[2].tool_call_id"),
     (answered("call_2"), 400, "messages[2].tool_call_id"),
     ({"messages": answered("call_1")["messages"][2:]}, 400, "messages[0].tool_call_id"),
-    ({"logprobs": True}, 400, "logprobs"),
+    ({"logprobs": 1}, 400, "logprobs"),
     ({"top_logprobs": 3}, 400, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"logprobs": False, "top_logprobs": 3}, 400, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, 400, "top_logprobs"),
+    ({"response_format": "json_object"}, 400, "response_format"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+    (schema_format("x"), 400, "response_format.json_schema.schema"),
+    (schema_format({"type": "foo"}), 400, "response_format.json_schema.schema"),
+    (schema_format({"enum": ["x" * 999] * 9}), 400, "response_format.json_schema.schema"),
+    (schema_format({"type": "integer", "multipleOf": 999_983}), 400, "response_format.json_schema.schema"),
+    ({"guided_json": "{"}, 400, "guided_json"),
+    ({"guided_json": [1]}, 400, "guided_json"),
+    ({"guided_json": "[" * 1500}, 400, "guided_json"),
+    ({"guided_regex": ""}, 400, "guided_regex"),
+    ({"guided_regex": "(a"}, 400, "guided_regex"),
+    ({"guided_choice": []}, 400, "guided_choice"),
+    ({"guided_choice": ["a", ""]}, 400, "guided_choice[1]"),
+    ({"guided_grammar": "start: a"}, 400, "guided_grammar"),
+    ({"structured_outputs": {"grammar": "start: a"}}, 400, "structured_outputs.grammar"),
+    ({"structured_outputs": {"regex": "(a"}}, 400, "structured_outputs.regex"),
+    ({"guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_choice"),
+    ({"response_format": {"type": "json_object"}, "guided_json": {}}, 400, "guided_json"),
     ({"functions": [{}]}, 400, "functions"),
 ]  # fmt: skip
 
@@ -157,7 +198,9 @@ COMPLETION = [
     ({"echo": True}, 400, "echo"),
     ({"suffix": "x"}, 400, "suffix"),
     ({"best_of": 2}, 400, "best_of"),
-    ({"logprobs": 0}, 400, "logprobs"),
+    ({"logprobs": 6}, 400, "logprobs"),
+    ({"logprobs": -1}, 400, "logprobs"),
+    ({"logprobs": True}, 400, "logprobs"),
 ]
 
 RAW = [  # body, status
@@ -230,6 +273,30 @@ async def test_a_missing_field_is_named(name: str) -> None:
 )
 async def test_headers(header: str, value: str, status: int) -> None:
     await check(Server(limits=LIMITS), CHAT_URL, chat_body(), status, None, **{header: value})
+
+
+OWN_BYTES = len("content-type" + "application/json")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([(b"x-%d" % i, b"") for i in range(99)], 200),
+        ([(b"x-%d" % i, b"") for i in range(100)], 431),
+        ([(b"x", b"")] * 100, 431),
+        ([(b"big", b"y" * (65_533 - OWN_BYTES))], 200),
+        ([(b"big", b"y" * (65_534 - OWN_BYTES))], 431),
+    ],
+)
+async def test_number_and_size_of_headers(headers: list[tuple[bytes, bytes]], status: int) -> None:
+    server = Server()
+    connection = Connection(server.app, json.dumps(chat_body()).encode(), headers=headers)
+    start, answer = await connection.message(), await connection.message()
+    await connection.task
+    assert start["status"] == status
+    assert b"x-request-id" in dict(start["headers"])
+    assert ("error" in json.loads(answer["body"])) is (status == 431)
+    assert len(server.backend.requests) == (status == 200)
 
 
 async def test_a_body_at_every_limit_passes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -217,7 +218,12 @@ async def test_an_early_error_has_its_own_status(
     assert response.status_code == status
     assert response.headers.get("retry-after") == retry_after
     assert response.headers["content-type"] == "application/json"
-    assert response.json()["error"]["message"] == ("internal error" if status == 500 else str(error))
+    message = response.json()["error"]["message"]
+    if status in (500, 503):
+        assert response.headers["x-request-id"] in message
+        assert str(error) not in message
+    else:
+        assert message == str(error)
     assert len(response.headers.get_list("x-request-id")) == 1
 
 
@@ -245,13 +251,16 @@ async def test_a_late_error_is_one_event_and_no_done(ending: Script, kind: str) 
     assert text_of(events[:-1]) == "part"
     assert events[-1]["error"]["type"] == kind
     assert "secret" not in json.dumps(events)
+    assert "gone" not in json.dumps(events)
     assert server.metrics.value("ernie_requests_in_flight", model="tiny") == 0
 
 
-async def test_a_silent_end_is_an_error_of_a_whole_answer() -> None:
-    response = await Server(FakeBackend(say("par", finish_reason=None))).chat()
+async def test_a_silent_end_is_an_error_of_a_whole_answer(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ernie_cluster"):
+        response = await Server(FakeBackend(say("par", finish_reason=None))).chat()
     assert response.status_code == 503
-    assert "broke off after 3 tokens" in response.json()["error"]["message"]
+    assert response.json()["error"]["type"] == "service_unavailable"
+    assert "broke off after 3 tokens" in caplog.text
 
 
 async def test_one_failed_choice_ends_the_others() -> None:

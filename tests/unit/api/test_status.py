@@ -17,21 +17,26 @@ from ernie_cluster.errors import (
     EngineFailed,
     InvalidRequest,
     Overloaded,
+    RateLimited,
     ReplicaError,
     ReplicaLost,
     RequestError,
     TransferFailed,
+    Unauthorized,
     UnknownModel,
 )
+from ernie_cluster.observe.log import bind_request_id
 
 
 @pytest.mark.parametrize(
     ("error", "http", "grpc_code"),
     [
         (InvalidRequest("bad", "n"), 400, "INVALID_ARGUMENT"),
+        (Unauthorized("no key"), 401, "UNAUTHENTICATED"),
         (UnknownModel("none"), 404, "NOT_FOUND"),
         (ContextTooLong("long"), 400, "INVALID_ARGUMENT"),
         (Overloaded("full", 2.0), 429, "RESOURCE_EXHAUSTED"),
+        (RateLimited("used up", 2.0), 429, "RESOURCE_EXHAUSTED"),
         (DeadlineExceeded("late"), 504, "DEADLINE_EXCEEDED"),
         (Aborted("gone"), 499, "CANCELLED"),
         (ReplicaLost("lost"), 503, "UNAVAILABLE"),
@@ -71,6 +76,25 @@ def test_error_body_names_message_type_param_and_code() -> None:
 def test_what_is_not_ours_tells_nothing() -> None:
     body = error_body(ValueError("/home/somebody at 0x7f12"))
     assert body == {"error": {"message": "internal error", "type": "internal_error", "param": None, "code": None}}
+
+
+@pytest.mark.parametrize("error", [ValueError, ConfigError, ReplicaLost, EngineFailed, TransferFailed, ReplicaError])
+def test_what_broke_on_our_side_tells_only_where_the_log_has_it(error: type[Exception]) -> None:
+    exc = error("File /home/somebody, line 3: 10.0.0.7:4242 at 0x7f12")
+    with bind_request_id("req-1"):
+        message = error_body(exc)["error"]["message"]
+    assert "(request id req-1)" in message
+    assert not any(word in message for word in ("/home", "line", "10.0", "0x7f"))
+
+
+def test_codes_that_programs_read() -> None:
+    assert error_body(Unauthorized("no", code="invalid_api_key"))["error"]["code"] == "invalid_api_key"
+    assert error_body(RateLimited("used up"))["error"]["code"] == "rate_limit_exceeded"
+    assert error_body(Overloaded("full"))["error"]["code"] is None
+
+
+def test_without_a_key_the_way_to_send_one_is_told() -> None:
+    assert error_headers(Unauthorized("no"))["www-authenticate"].startswith("Bearer")
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.0, "1"), (0.2, "1"), (1.0, "1"), (1.01, "2"), (30, "30")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import pytest
 
@@ -117,3 +118,66 @@ def test_presets_differ_where_they_should() -> None:
         sum(p.num_gpus * p.dims.world for p in c.models[0].pools) for c in (ernie_28b_a3b("x"), ernie_424b_a47b("x"))
     ]
     assert gpus == [3, 17]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"keys_file": "keys.yaml"}, "must be an absolute path"),
+        ({"keys_file": ""}, "must be an absolute path"),
+        ({"admin_key_sha256": "sk-s3cret"}, "64 hexadecimal digits"),
+        ({"isolate_prefix_cache": True}, "needs keys_file"),
+        ({"cors_origins": ("chat.example",)}, "must be like https://"),
+        ({"cors_origins": ("https://chat.example/path",)}, "must be like https://"),
+    ],
+)
+def test_access_that_cannot_work(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ApiConfig(**given)
+    assert words in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"media_hosts": ("https://images.example.com",)}, "without http:// and path"),
+        ({"media_hosts": ("images.example.com/a",)}, "without http:// and path"),
+        ({"media_hosts": ("images.*.com",)}, "named as images.example.com"),
+        ({"media_hosts": ("a b",)}, "'a b'"),
+        ({"media_hosts": ("",)}, "''"),
+        ({"media_folder": "media"}, "must be an absolute path"),
+        ({"decode_memory_bytes": 2**20}, "at least 536870912"),
+        ({"decode_processes": -1}, "at least 0"),
+        ({"decode_timeout_s": 0.0}, "greater than 0"),
+        ({"media_cache_bytes": -1}, "at least 0"),
+    ],
+)
+def test_media_settings_that_cannot_work(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ApiConfig(**given)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "host", ["images.example.com", "*.example.com", "*", "10.0.0.1:9000", "[::1]:80", "under_score"]
+)
+def test_media_hosts(host: str) -> None:
+    assert ApiConfig(media_hosts=(host,)).media_hosts == (host,)
+
+
+@pytest.mark.parametrize(
+    ("host", "keys_file", "is_open"),
+    [
+        ("127.0.0.1", None, False),
+        ("127.8.8.8", None, False),
+        ("::1", None, False),
+        ("localhost", None, False),
+        ("0.0.0.0", None, True),
+        ("::", None, True),
+        ("gpu-1", None, True),
+        ("0.0.0.0", "/etc/keys.yaml", False),
+    ],
+)
+def test_who_reaches_an_open_api(host: str, keys_file: str | None, is_open: bool) -> None:
+    assert ApiConfig(host=host, keys_file=keys_file).is_open_to_strangers is is_open

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ernie_cluster.engine.engine import Outcome
 from ernie_cluster.engine.handover import EMBED_PIECE
-from ernie_cluster.engine.sampler import SamplerRow
+from ernie_cluster.engine.sampler import Sampled, SamplerRow
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.errors import ErnieClusterError, ReplicaLost, TransferFailed
 from ernie_cluster.model.decoder import no_hook
@@ -46,9 +46,7 @@ class ToyRunner:
         self.kv = KVCache(torch.zeros(NUM_LAYERS, 2, num_blocks, block_size, 1, 1, dtype=torch.int64))
         self.device = torch.device("cpu")
 
-    def run(
-        self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook
-    ) -> list[int]:
+    def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:
         assert len(set(step.slots_T.tolist())) == step.num_tokens, "two tokens in one slot"
         assert step.slots_T.min() >= self.kv.block_size, "block 0 is written"
         ids = step.token_ids_T.clone()
@@ -63,7 +61,7 @@ class ToyRunner:
         ends = np.cumsum(step.query_lens).tolist()
         wanted = [i for i, end in enumerate(ends) if end - 1 in last_rows]
         assert len(wanted) == len(rows)
-        return [self._next(step.block_tables_BM[i].long(), step.context_lens[i]) for i in wanted]
+        return Sampled([self._next(step.block_tables_BM[i].long(), step.context_lens[i]) for i in wanted])
 
     def _next(self, table: torch.Tensor, context: int) -> int:
         seen = self.kv.data[:, :, table].flatten(2)[:, :, :context]

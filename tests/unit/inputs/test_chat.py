@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,8 @@ import pytest
 
 from ernie_cluster.errors import CheckpointError, ContextTooLong, InvalidRequest
 from ernie_cluster.inputs.chat import ChatProcessor
-from ernie_cluster.inputs.messages import PromptLimits
+from ernie_cluster.inputs.images import PreparedMedia
+from ernie_cluster.inputs.messages import Media, PromptLimits, Settings
 from ernie_cluster.inputs.template import ChatTemplate
 from ernie_cluster.request import GenerationRequest, SamplingParams
 
@@ -141,6 +142,27 @@ def test_pictures_and_videos_keep_their_order(processor: ChatProcessor, data_url
     assert [m.media_hash for m in pooled.media] == [m.media_hash for m in request.media]
 
 
+def test_media_are_prepared_under_the_salt_of_their_request(processor: ChatProcessor, data_url: DataUrl) -> None:
+    salts = []
+
+    def spy(settings: Settings, media: Iterable[Media]) -> Iterable[PreparedMedia]:
+        salts.append(settings.cache_salt)
+        return map(settings, media)
+
+    chat(replace(processor, map_media=spy), [picture(data_url())], cache_salt=b"mine")
+    assert salts == [b"mine"]
+
+
+def test_a_file_in_place_of_its_url(processor: ChatProcessor, data_url: DataUrl, gif_url: DataUrl) -> None:
+    """What the API has fetched gives what the same file in a data URL gives."""
+    for kind, url in (("image", data_url()), ("video", gif_url())):
+        content = base64.b64decode(url.partition(",")[2])
+        inline = chat(processor, [{"type": f"{kind}_url", f"{kind}_url": {"url": url}}])
+        given = {"url": "http://example.org/a", "content": content}
+        fetched = chat(processor, [{"type": f"{kind}_url", f"{kind}_url": given}])
+        assert fetched.media[0].media_hash == inline.media[0].media_hash
+
+
 def test_the_same_picture_has_the_same_hash(processor: ChatProcessor, data_url: DataUrl) -> None:
     request = chat(processor, [picture(data_url(colour="red")), picture(data_url(colour="red"))])
     assert len({media.media_hash for media in request.media}) == 1
@@ -204,7 +226,7 @@ def test_assistant_turns_without_content_and_tool_calls(processor: ChatProcessor
         (picture("data:image/png;base64,QUJD"), ".image_url.url", "cannot be decoded"),
         (picture("data:image/png;base64,QU*D"), ".image_url.url", "not valid base64"),
         (video("https://example.org/a.gif"), ".video_url.url", "not a data URL"),
-        (video("data:video/mp4;base64,QUJD"), ".video_url.url", "send an animated GIF"),
+        (video("data:video/mp4;base64,QUJD"), ".video_url.url", "of no kind that is served; send MP4"),
         (video("data:image/gif;base64,QU*D"), ".video_url.url", "not valid base64"),
         (video("data:video/jpeg;base64,"), ".video_url.url", "0 frames"),
         (video("data:video/jpeg;base64," + "," * 100_000), ".video_url.url", "more than 5000 frames"),

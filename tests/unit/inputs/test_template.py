@@ -70,6 +70,13 @@ def test_layout_of_the_family() -> None:
     assert text_of(FAMILY.render(messages)).endswith("\nAssistant: <think>\n\n</think>\n\n")
 
 
+def test_without_a_generation_prompt_it_ends_with_the_last_message() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    closed, open_ended = (text_of(FAMILY.render(messages, add_generation_prompt=add)) for add in (False, True))
+    assert closed.endswith("User: Hi")
+    assert open_ended.startswith(f"{closed}\nAssistant: ")
+
+
 def test_pictures_and_videos_are_counted_apart() -> None:
     content = [{"type": "video"}, {"type": "image"}, {"type": "video_url"}]
     image = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"

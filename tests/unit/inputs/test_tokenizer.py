@@ -31,6 +31,16 @@ def _byte_fallback() -> Tokenizer:
 
 BYTE_FALLBACK = _byte_fallback()
 
+
+def _fallback_ids(letter: str) -> list[int]:
+    ids = [BYTE_FALLBACK.token_id(f"<0x{byte:02X}>") for byte in letter.encode()]
+    return [i for i in ids if i is not None]
+
+
+def _flat(parts: list[list[int]]) -> list[int]:
+    return [i for part in parts for i in part]
+
+
 texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("你好世界图片😀🎉👍🏽é ñ\n<s>0")))
 any_ids = st.lists(st.integers(0, 2100), max_size=120)  # some are beyond the vocabulary
 runs_of_broken_bytes = st.lists(st.sampled_from([BYTE_LEVEL.token_id(c) for c in "âĢ¦ðŁĺĤ"]), min_size=40, max_size=90)
@@ -50,6 +60,49 @@ def test_streamed_text_is_the_text(text: str, cuts: list[int]) -> None:
     pieces = stream(BYTE_LEVEL, ids, cuts)
     assert "".join(pieces) == text
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+@given(texts)
+def test_the_bytes_of_tokens_make_the_text(text: str) -> None:
+    ids = BYTE_LEVEL.encode(text, allow_special=True)
+    assert b"".join(map(BYTE_LEVEL.token_bytes, ids)) == text.encode()
+
+
+@given(st.lists(st.sampled_from([[i] for i in range(3, 10)]) | st.sampled_from("é🙂a").map(_fallback_ids)).map(_flat))
+def test_the_bytes_of_tokens_make_the_text_with_byte_fallback(ids: list[int]) -> None:
+    spelled = b"".join(map(BYTE_FALLBACK.token_bytes, ids)).decode()
+    assert spelled.removeprefix(" ") == BYTE_FALLBACK.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "expected"),
+    [
+        (BYTE_LEVEL, "<s>", b"<s>"),
+        (BYTE_LEVEL, "<think>", b"<think>"),
+        (BYTE_LEVEL, "\u0120", b" "),
+        (BYTE_LEVEL, "\u00f0", b"\xf0"),
+        (BYTE_FALLBACK, "\u2581hello", b" hello"),
+        (BYTE_FALLBACK, "<0xF0>", b"\xf0"),
+    ],
+)
+def test_bytes_of_a_token(tokenizer: Tokenizer, text: str, expected: bytes) -> None:
+    token_id = tokenizer.token_id(text)
+    assert token_id is not None
+    assert tokenizer.token_bytes(token_id) == expected
+
+
+def test_special_tokens_are_no_text_but_markup_is() -> None:
+    text = BYTE_LEVEL.text_bytes(3000)
+    assert len(text) == 3000
+    assert {text[i] for i in BYTE_LEVEL.special_ids} == {b""}
+    think = BYTE_LEVEL.token_id("</think>")
+    assert think is not None
+    assert text[think] == b"</think>"
+    assert text[-1] == b""
+
+
+def test_an_id_that_is_no_token_has_no_bytes() -> None:
+    assert BYTE_LEVEL.token_bytes(5000) == BYTE_FALLBACK.token_bytes(5000) == b""
 
 
 @settings(max_examples=300)

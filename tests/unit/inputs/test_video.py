@@ -13,9 +13,10 @@ from PIL import Image
 
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
 from ernie_cluster.inputs.animation import canvas_size, frame_durations
+from ernie_cluster.inputs.clip import VideoLimits
 from ernie_cluster.inputs.frames import VideoConfig, draw_time, sample_frames
 from ernie_cluster.inputs.images import PixelConfig, to_patches
-from ernie_cluster.inputs.video import VideoLimits, open_clip, prepare_clip, prepare_video, video_tokens
+from ernie_cluster.inputs.video import open_clip, prepare_clip, prepare_video, video_tokens
 
 Encoded = Callable[..., bytes]
 LIMITS = VideoLimits()
@@ -165,14 +166,15 @@ def gif_that_claims(width: int, height: int, frame: tuple[int, int] = (1, 1), nu
 
 GIF_FRAME = animation(scenes(2))
 REFUSED: dict[str, tuple[str, list[bytes], VideoLimits, str]] = {
-    "a container": ("video/mp4", [b"\0\0\0\x18ftypmp42"], LIMITS, "video/mp4 are not served; send an animated GIF"),
-    "a picture": ("image/jpeg", stills(scenes(1), "JPEG"), LIMITS, "image/jpeg are not served"),
+    "an empty container": ("video/mp4", [b"\0\0\0\x18ftypmp42"], LIMITS, "cannot be decoded; send MP4, WebM"),
+    "a picture": ("image/jpeg", stills(scenes(1), "JPEG"), LIMITS, "of no kind that is served"),
+    "words": ("video/mp4", [b"hello"], LIMITS, "of no kind that is served"),
     "no frames": ("video/jpeg", [], LIMITS, "0 frames, at least 2"),
     "one frame": ("video/jpeg", stills(scenes(1)), LIMITS, "1 frames, at least 2"),
     "a still PNG": ("image/png", stills(scenes(1)), LIMITS, "0 frames, at least 2"),
     "a still GIF": ("image/gif", stills(scenes(1), "GIF"), LIMITS, "1 frames, at least 2"),
     "a still WebP": ("image/webp", stills(scenes(1), "WEBP"), LIMITS, "cannot be read"),
-    "nothing": ("image/gif", [b""], LIMITS, "cannot be read"),
+    "nothing": ("image/gif", [b""], LIMITS, "of no kind that is served"),
     "two files": ("image/gif", [GIF_FRAME, GIF_FRAME], LIMITS, "2 pieces"),
     "half a file": ("image/gif", [GIF_FRAME[: len(GIF_FRAME) // 2]], LIMITS, r"cannot be read \(cut off\)"),
     "a broken frame": ("video/jpeg", [*stills(scenes(2)), b"junk"], LIMITS, "frame 2 cannot be decoded"),
@@ -239,6 +241,6 @@ def damaged(kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_damage_is_told_without_the_decoders_words(kind: str) -> None:
     clip = open_clip(MIMES[kind], [damaged(kind)], LIMITS)
-    with pytest.raises(InvalidRequest, match=r"^the video cannot be decoded; send an animated GIF") as caught:
+    with pytest.raises(InvalidRequest, match=r"^the video cannot be decoded; send MP4") as caught:
         prepare_clip(clip, TINY, PLAIN, max_tokens=ROOM)
     assert caught.value.code == "invalid_video"

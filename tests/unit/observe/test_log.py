@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_cluster.observe.log import LineFormatter, bind_request_id, setup_logging
+from ernie_cluster.observe.log import LineFormatter, bind_caller, bind_request_id, bound_request_id, setup_logging
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,18 @@ def test_a_line_has_time_level_name_and_request() -> None:
         r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO ernie_cluster.somewhere \[req-1\] took 3 blocks", first
     )
     assert second.endswith("WARNING ernie_cluster.somewhere [-] outside")
+
+
+def test_a_known_caller_is_named() -> None:
+    stream = io.StringIO()
+    log = setup_logging("INFO", stream)
+    with bind_request_id("req-1"), bind_caller("alice"):
+        assert bound_request_id() == "req-1"
+        log.info("one")
+    with bind_request_id("req-2"), bind_caller(""):
+        log.info("two")
+    assert bound_request_id() == ""
+    assert ["[req-1 alice] one" in stream.getvalue(), "[req-2] two" in stream.getvalue()] == [True, True]
 
 
 @given(st.text())

@@ -1,0 +1,102 @@
+"""Who sent a request, and what he may use of prompts, answers and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import cast
+
+from starlette.types import Scope
+
+from ernie_cluster.api.backend import Backend, ModelStatus
+from ernie_cluster.api.prepare import Job
+from ernie_cluster.api.ratelimit import Amounts, Budget
+from ernie_cluster.errors import Overloaded, ReplicaError
+from ernie_cluster.request import GenerationRequest, TokenEvent
+
+PATCH_PIXELS = 14 * 14
+"""See `MediaInput.grid_thw`."""
+
+_GUEST = "ernie_cluster.guest"
+
+
+class Guest:
+    """Who sent a request, and what he may use."""
+
+    def __init__(self, name: str = "", cache_salt: bytes = b"", budget: Budget | None = None) -> None:
+        self.name = name
+        """Of the key; empty where none was needed."""
+        self.cache_salt = cache_salt
+        """See `salted`."""
+        self._budget = budget
+
+    def knock(self) -> None:
+        """One request comes in. Raises RateLimited, also when no token is left for a prompt."""
+        if self._budget is not None:
+            self._budget.take({"requests": 1}, need={"tokens": 1})
+
+    def pay(self, job: Job, backend: Backend) -> Backend:
+        """Take the prompt's price; the answer's is charged as it comes out of what is returned.
+
+        Raises:
+            RateLimited: not now. InvalidRequest: never under this key's limits.
+        """
+        if self._budget is None:
+            return backend
+        price = price_of(job)
+        self._budget.take(price)
+        return PaidBackend(backend, self._budget, price)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What is left, for the response."""
+        return [] if self._budget is None else self._budget.headers()
+
+
+ANYBODY = Guest()
+
+
+def guest_of(scope: Scope) -> Guest:
+    """Whom the door let in; anybody, where there is no door."""
+    guest: Guest = scope.get(_GUEST, ANYBODY)
+    return guest
+
+
+def scope_of(scope: Scope, guest: Guest) -> Scope:
+    """The scope from which `guest_of` reads this guest."""
+    return {**scope, _GUEST: guest}
+
+
+def price_of(job: Job) -> Amounts:
+    """Prompt tokens and pixels; each prompt counts once, however many answers it gets."""
+    prompts = job.requests[:: job.num_answers]
+    num_patches = sum(t * h * w for request in prompts for t, h, w in (m.grid_thw for m in request.media))
+    return {"tokens": job.num_prompt_tokens, "pixels": num_patches * PATCH_PIXELS}
+
+
+class PaidBackend:
+    """The backend for one job whose prompt is paid for: charges the answer, and gives back what got none."""
+
+    def __init__(self, backend: Backend, budget: Budget, price: Amounts) -> None:
+        self._backend = backend
+        self._budget = budget
+        self._price: Amounts = price
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent]]:
+        # `Backend.generate` is closed early by aclose(), see `Answer`
+        events = cast("AsyncGenerator[list[TokenEvent]]", self._backend.generate(request))
+        try:
+            async with aclosing(events):
+                async for batch in events:
+                    self._price = {}  # work was done for it
+                    self._budget.charge({"tokens": sum(len(event.token_ids) for event in batch)})
+                    yield batch
+        except (Overloaded, ReplicaError):
+            price, self._price = self._price, {}
+            self._budget.refund(price)
+            raise
+
+    async def status(self) -> list[ModelStatus]:
+        return await self._backend.status()
+
+    async def close(self) -> None:
+        await self._backend.close()

@@ -1,0 +1,76 @@
+"""What all requests share: backend, processors, worker threads and the books of traffic."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from starlette.responses import Response
+
+from ernie_cluster.api.backend import Backend
+from ernie_cluster.api.fetcher import Fetcher
+from ernie_cluster.api.limits import ApiLimits
+from ernie_cluster.api.openai import encode, model_card
+from ernie_cluster.api.processor import Processor
+from ernie_cluster.api.traffic import Traffic
+from ernie_cluster.api.workers import Workers
+from ernie_cluster.errors import UnknownModel
+from ernie_cluster.observe.metrics import Metrics
+
+T = TypeVar("T")
+
+STATUS_TIMEOUT_S = 2.0
+"""A backend that does not say how it is within this is not ready."""
+
+
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A whole response."""
+    return Response(encode(value), status, headers=headers, media_type="application/json")
+
+
+class Service:
+    """What all requests share."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        processors: Mapping[str, Processor],
+        limits: ApiLimits,
+        metrics: Metrics,
+        fetcher: Fetcher | None = None,
+    ) -> None:
+        self.backend = backend
+        self.processors = processors
+        self.limits = limits
+        self.fetcher = fetcher or Fetcher()
+        self.workers = Workers(limits.preprocess_threads, limits.max_preparing)
+        self.traffic = Traffic(metrics, time.monotonic, limits.max_in_flight)
+        self._created = int(time.time())
+
+    def processor(self, name: str) -> Processor:
+        """Raises UnknownModel, naming those that are served."""
+        if name not in self.processors:
+            raise UnknownModel(f"model {name[:100]!r} is not served here; served: {', '.join(self.processors)}")
+        return self.processors[name]
+
+    async def run(self, work: Callable[[], T], is_small: bool) -> T:
+        """Result of `work`, done here when it is small, else in a thread; raises as `Workers.run` does."""
+        return work() if is_small else await self.workers.run(work)
+
+    def card(self, processor: Processor) -> dict[str, object]:
+        return model_card(processor.served_name, self._created, processor.max_model_len)
+
+    async def readiness(self) -> Response:
+        """200 when every model can take requests, else 503 with the reasons."""
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                states = await self.backend.status()
+        except TimeoutError:
+            return json_response(
+                {"ready": False, "detail": f"the backend gave no status within {STATUS_TIMEOUT_S:g} s"}, 503
+            )
+        is_ready = bool(states) and all(state.is_ready for state in states)
+        models = [{"model": s.name, "ready": s.is_ready, "detail": s.detail} for s in states]
+        return json_response({"ready": is_ready, "models": models}, 200 if is_ready else 503)

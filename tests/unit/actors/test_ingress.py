@@ -1,0 +1,44 @@
+"""From the configuration to the door of an API replica."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from ernie_cluster.actors.ingress import make_guard
+from ernie_cluster.config.cluster import ApiConfig
+from ernie_cluster.errors import ConfigError
+from ernie_cluster.observe.metrics import InMemoryMetrics
+from tests.unit.api.client import Server
+
+
+def sha256(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_configured_keys_open(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- {{name: alice, sha256: {sha256('k')}}}", encoding="utf-8")
+    api = ApiConfig(keys_file=str(path), admin_key_sha256=sha256("root"), isolate_prefix_cache=True)
+    server = Server(guard=make_guard(api, InMemoryMetrics()))
+    asked = [("/v1/models", ""), ("/v1/models", "k"), ("/metrics", "k"), ("/metrics", "root"), ("/ready", "")]
+    assert [(await server.get(url, {"x-api-key": key})).status_code for url, key in asked] == [401, 200, 401, 200, 200]
+    await server.post("/v1/completions", {"model": "tiny", "prompt": "p"}, {"x-api-key": "k"})
+    assert server.backend.requests[0].cache_salt != b""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_without_keys_all_is_open() -> None:
+    server = Server(guard=make_guard(ApiConfig(), InMemoryMetrics()))
+    assert (await server.chat()).status_code == 200
+    assert (await server.get("/metrics")).status_code == 200
+
+
+def test_keys_that_cannot_be_read_stop_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        make_guard(ApiConfig(keys_file=str(tmp_path / "none.yaml")), InMemoryMetrics())
