@@ -78,13 +78,13 @@ def calculate(expression: str) -> str:
     Raises:
         ValueError: anything else, or a division by zero.
     """
-    if len(expression) > 200:
-        raise ValueError(f"{len(expression)} characters, at most 200")
+    if not isinstance(expression, str) or len(expression) > 200:
+        raise ValueError("an expression is a text of at most 200 characters")
     try:
         value = _value(ast.parse(expression.replace("×", "*"), mode="eval").body)
-    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as e:
+        return str(int(value)) if value == int(value) else str(value)
+    except (SyntaxError, ArithmeticError, RecursionError, MemoryError) as e:
         raise ValueError(f"{expression!r} cannot be evaluated: {e}") from None
-    return str(int(value)) if value == int(value) else str(value)
 
 
 def _value(node: ast.expr) -> float:
@@ -153,6 +153,8 @@ def run(sample: Sample, call: ToolCall) -> str | list[dict[str, Any]]:
     if call.name == "calculator":
         return calculate(call.arguments["expression"])
     if call.name == "image_zoom_in_tool":
+        if not sample.pictures:
+            raise ValueError("there is no picture to zoom into")
         return content(crop(sample.pictures[0], call.arguments["bbox_2d"]))
     return weather(call.arguments["city"])
 

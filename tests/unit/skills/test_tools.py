@@ -21,7 +21,8 @@ def test_the_calculator_calculates(expression: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "expression", ["", "1/0", "2**9", "abs(1)", "__import__('os')", "'a'*9", "1+", "9" * 201, "True+1"]
+    "expression",
+    ["", "1/0", "2**9", "abs(1)", "__import__('os')", "'a'*9", "1+", "9" * 201, "True+1", "1e999", "9e200*9e200"],
 )
 def test_the_calculator_evaluates_nothing_else(expression: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):
@@ -47,12 +48,18 @@ def test_a_call_is_run_and_its_result_follows_it() -> None:
         ToolCall("image_zoom_in_tool", {"bbox_2d": [0, 0, 500, 500]}),
         ToolCall("calculator", {}),
         ToolCall("calculator", {"expression": 12}),
+        ToolCall("calculator", {"expression": [1]}),
         ToolCall("calculator", {"expression": "twelve"}),
     ],
 )
 def test_calls_that_cannot_be_run_end_the_conversation(call: ToolCall) -> None:
     assert next_turn(ASKED, [call]) is None
     assert next_turn(ASKED, []) is None
+
+
+def test_without_a_picture_there_is_nothing_to_zoom_into() -> None:
+    blind = Sample("zoom", "en", (user("What is on the sign?"),), "7", tools=(ZOOM,))
+    assert next_turn(blind, [ToolCall("image_zoom_in_tool", {"bbox_2d": [0, 0, 500, 500]})]) is None
 
 
 def test_zooming_crops_the_first_picture() -> None:
