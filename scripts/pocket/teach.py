@@ -25,7 +25,7 @@ from ernie_cluster.skills.catalog import HELD_OUT
 NUM_PROCESSES = 2
 """Fixed, as it is part of what the result depends on."""
 
-WARM_UP, COOL_DOWN = 0.02, 0.35
+WARM_UP, COOL_DOWN = 0.02, 0.7
 """Shares of the steps in which the learning rate rises, and falls to zero."""
 
 EASE = 0.9
@@ -52,8 +52,8 @@ class Plan:
     eye_steps: int
     """The first of them teach the eyes alone: nothing can be learned about pictures that are not seen yet."""
     seed: int
-    muon_rate: float = 0.006
-    adam_rate: float = 0.001
+    muon_rate: float = 0.012
+    adam_rate: float = 0.002
     checkpoint_every_s: float = 180.0
 
     def rate(self, step: int) -> float:
