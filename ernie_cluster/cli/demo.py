@@ -24,7 +24,8 @@ _EPILOG = """\
 Serves the packaged model (7.4 million parameters, trained by scripts/pocket) on the CPU of this machine: one vision,
 one prefill and one decode replica. Then asks it, through the official openai client, four things: what is in a picture,
 a sum to think about, where something is, and a number so small that it has to zoom in by a tool call. The pictures are
-drawn here, so the demo knows what is right.
+drawn here, so the demo knows what is right. Where the model is missing, a toy with random weights takes its place and is
+asked the first question only.
 
 examples:
   ernie-cluster demo
