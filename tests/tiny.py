@@ -132,7 +132,7 @@ def make_worker(role: Role = "mixed", *, num_blocks: int = 256, **settings: obje
         **settings,
     }
     runner = Runner.around(tiny_decoder(role), num_blocks=num_blocks, block_size=BLOCK_SIZE)  # type: ignore[arg-type]
-    worker = Worker(runner, tiny_config(), WorkerSettings(**values), outcomes, tiny_compiler())  # type: ignore[arg-type]
+    worker = Worker(runner, tiny_config(), WorkerSettings(**values), outcomes, tiny_compiler)  # type: ignore[arg-type]
     return worker, outcomes
 
 

@@ -65,7 +65,7 @@ def load_worker(
             can_encode=role != "decode",
         ),
         emit,
-        Compiler(load_vocabulary(deployment.path, shape.text.vocab_size)),
+        lambda: Compiler(load_vocabulary(deployment.path, shape.text.vocab_size)),
     )
 
 

@@ -10,8 +10,6 @@ from pydantic import Discriminator, Field, Tag
 from ernie_cluster.api.schemas import MediaUrl
 from ernie_cluster.api.validate import Strict, list_tag, type_tag
 
-"""The server fetches nothing."""
-
 
 class TextPart(Strict):
     """Words; which of the types, depends on who says them."""

@@ -16,7 +16,7 @@ from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.presets import POCKET, pocket_mixed
 from ernie_cluster.errors import CheckpointError
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 2.0
 
 
@@ -56,6 +56,8 @@ def server_or_pocket(url: str | None, model: str | None) -> Iterator[str]:
         return
     progress = Progress()
     progress(f"nothing listens on {DEFAULT_URL}: serving the packaged model for this chat")
+    from ernie_cluster.actors.environment import free_port
+
     with serving(at_port(pocket_mixed(), free_port()), progress) as own:
         yield own
 
@@ -87,10 +89,3 @@ def is_listening(url: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -224,8 +224,9 @@ class RouterConfig:
     """A lease without a sign of life for this long is taken back; more than `heartbeat_timeout_s`."""
     snapshot_interval_s: float = 0.25
     """Pause between two snapshots of one replica, more than 0."""
-    heartbeat_timeout_s: float = 2.0
-    """A replica without a snapshot for this long is not used; more than `snapshot_interval_s`."""
+    heartbeat_timeout_s: float = 5.0
+    """A replica without a snapshot for this long is not used; more than `snapshot_interval_s`. The end of its process is
+    noticed at once; this is for what hangs, and must outlast the longest pause of a busy machine."""
     max_queued_tokens: int = 131_072
     """A replica with this many prompt (vision: media) tokens waiting takes no more; at least 1."""
     retry_after_s: float = 1.0

@@ -65,7 +65,7 @@ class Engine:
         hooks: the hand-over of prompts.
         clock: monotonic seconds.
         can_encode: whether embeddings of pictures can come here (again); False on decode replicas.
-        compiler: of grammars; None where no request has one.
+        compiler: makes the one of grammars, when the first comes; None where none will.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Engine:
         hooks: PrefillHooks | None = None,
         clock: Callable[[], float] = time.monotonic,
         can_encode: bool = True,
-        compiler: Compiler | None = None,
+        compiler: Callable[[], Compiler] | None = None,
     ) -> None:
         self.runner, self.pool, self.scheduler, self.builder = runner, pool, scheduler, builder
         self.emit, self.hooks, self.clock, self.can_encode = emit, hooks or PrefillHooks(), clock, can_encode

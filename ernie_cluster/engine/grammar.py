@@ -80,16 +80,17 @@ class Grammars:
     """Owns the compiled grammars, and threads that end with it: one to compile, which may take a second, two for masks.
 
     Args:
-        compiler: for the model's vocabulary; None where no request with a grammar will come.
+        compiler: makes the one for the model's vocabulary, when the first grammar comes; None where none will.
         wake: called when a constraint has become ready, on the compiling thread.
     """
 
-    def __init__(self, compiler: Compiler | None, wake: Callable[[], None]) -> None:
-        self._compiler, self._wake = compiler, wake
+    def __init__(self, compiler: Callable[[], Compiler] | None, wake: Callable[[], None]) -> None:
+        self._make_compiler, self._wake = compiler, wake
+        self._compiler: Compiler | None = None
         self._compiling = ThreadPoolExecutor(1, "grammar-compile")
         self._masks = ThreadPoolExecutor(2, "grammar-mask")
         self._compiled: OrderedDict[str, Matcher] = OrderedDict()
-        """By text, used on the compiling thread only."""
+        """By text, used on the compiling thread only, as the compiler is."""
 
     def open(self, text: str, output: Seq[int]) -> Constraint:
         """The constraint of a sequence that has this output so far; ready a little later."""
@@ -113,13 +114,18 @@ class Grammars:
 
     def _compile(self, text: str) -> Matcher:
         if text not in self._compiled:
-            if self._compiler is None:
-                raise InvalidRequest("this replica has no vocabulary to follow a grammar with")
-            self._compiled[text] = self._compiler.compile(text)
+            self._compiled[text] = self._known_compiler().compile(text)
             while len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(text)
         return self._compiled[text]
+
+    def _known_compiler(self) -> Compiler:
+        if self._compiler is None:
+            if self._make_compiler is None:
+                raise InvalidRequest("this replica has no vocabulary to follow a grammar with")
+            self._compiler = self._make_compiler()
+        return self._compiler
 
 
 def _translated(error: Exception) -> ErnieClusterError:

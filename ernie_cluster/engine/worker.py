@@ -81,7 +81,7 @@ class Worker:
         config: the model.
         settings: see there.
         emit: takes outcomes, on the engine's thread or a transport's.
-        compiler: of grammars for the model's vocabulary; without it requests that have one fail.
+        compiler: makes the one for the model's vocabulary, when the first grammar comes; without it requests that have one fail.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Worker:
         config: ModelConfig,
         settings: WorkerSettings,
         emit: Callable[[list[Outcome]], None],
-        compiler: Compiler | None = None,
+        compiler: Callable[[], Compiler] | None = None,
     ) -> None:
         self.settings, self._emit = settings, emit
         kv = runner.kv

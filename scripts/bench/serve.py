@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import socket
 import statistics
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from ray import serve
 from ernie_cluster.actors import launch
 from ernie_cluster.actors.app import build_api
 from ernie_cluster.actors.direct import Address, DirectServer
+from ernie_cluster.actors.environment import free_port
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import NAMESPACE, Batch, Load, ReplicaInfo
 from ernie_cluster.actors.router import find_router
@@ -53,16 +53,6 @@ REPEATS = 60
 NUM_TOKENS = 8
 PAUSE_S = 0.02
 progress = Progress()
-
-
-def free_port() -> int:
-    """A free port below the range from which Ray's own processes take theirs."""
-    for port in range(18000, 19000):
-        with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if s.connect_ex(("127.0.0.1", port)):
-                return port
-    raise RuntimeError("no free port between 18000 and 19000")
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def draw_group(seed: int, ease: float = 0.0) -> Group:
     assert 0 <= seed < catalog.HELD_OUT, f"seed {seed} is for evaluation"
     rng = random.Random(f"lesson:{seed}")
     is_easy = rng.random() < ease
-    group = rng.choices(list(_MIXTURE), [share for share, _ in _MIXTURE.values()])[0]
+    shares = {name: share for name, (share, _) in _MIXTURE.items() if ease < _LATE_EASE or name not in _LATE}
+    group = rng.choices(list(shares), list(shares.values()))[0]
     samples = _EASY[group](rng) if is_easy and group in _EASY else _MIXTURE[group][1](rng)
     if rng.random() < 0.05:
         system = {"role": "system", "content": rng.choice(_SYSTEM)}
@@ -215,6 +216,9 @@ _MIXTURE: Mapping[str, tuple[float, Callable[[random.Random], Group]]] = {
 }
 """Name -> share of the groups, and how one is drawn."""
 
+_LATE = {"typed_tool", "drawn_tool", "look_with_tools", "zoom", "zoom_blind"}
+_LATE_EASE = 0.65
+"""Long prompts, a third of all tokens, which teach little before the pictures are seen: not while lessons are easy."""
 
 _EASY: Mapping[str, Callable[[random.Random], Group]] = {"scene": _easy_scene, "read": _easy_read}
 

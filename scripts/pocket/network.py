@@ -153,7 +153,7 @@ def _experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Ten
     for part, up_weight, down_weight in zip(rows, gate_up.to(HALF).unbind(), down.to(HALF).unbind(), strict=True):
         outs.append(functional.linear(_swiglu(functional.linear(part, up_weight)), down_weight))
     back = torch.empty_like(order).index_copy_(0, order, place)
-    by_token = torch.cat(outs).index_select(0, back).view(num_tokens, top_k, -1)
+    by_token = torch.cat(outs).index_select(0, back).view(num_tokens, top_k, down.shape[1])
     return (by_token * weights.to(HALF)[:, :, None]).sum(1)
 
 
@@ -266,7 +266,7 @@ def _initialise(network: Network, seed: int) -> None:
             p.zero_()  # each layer begins by passing on what it gets
         else:
             p.normal_(0, _EMBED if name.endswith("embed") else 0.7 * p.shape[-1] ** -0.5, generator=generator)
-    network.decoder.norm.fill_(0.15)  # the embedding is the head, too: logits begin near 1
+    network.decoder.norm.fill_(0.06)  # the embedding is the head, too: logits begin near 1
     network.vision.resampler.after_norm.fill_(_EMBED)
     for block, steps in zip(network.vision.tower.blocks, _NEIGHBOURS, strict=False):
         _look_around(block, steps)

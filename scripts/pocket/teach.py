@@ -25,11 +25,11 @@ from ernie_cluster.skills.catalog import HELD_OUT
 NUM_PROCESSES = 2
 """Fixed, as it is part of what the result depends on."""
 
-WARM_UP, COOL_DOWN = 0.02, 0.7
-"""Shares of the steps in which the learning rate rises, and falls to zero."""
+WARM_UP, COOL_DOWN = 0.01, 0.7
+"""Shares of the lessons in which the learning rate rises, and falls to zero; while the eyes are taught it stays."""
 
-EASE = 0.9
-"""Share of easy lessons to begin with."""
+EASE, LEAST_EASE, EASY_PART = 0.9, 0.1, 0.6
+"""Share of easy lessons to begin with, in the end, and after which part of all lessons the end is reached."""
 
 BALANCE_RATE = 0.004
 """By how much an expert's bias moves per step towards an even load."""
@@ -52,19 +52,21 @@ class Plan:
     eye_steps: int
     """The first of them teach the eyes alone: nothing can be learned about pictures that are not seen yet."""
     seed: int
-    muon_rate: float = 0.012
-    adam_rate: float = 0.002
+    muon_rate: float = 0.02
+    adam_rate: float = 0.004
     checkpoint_every_s: float = 180.0
 
     def rate(self, step: int) -> float:
         """Share of the full learning rate at a step, counted from 0."""
-        done = step / self.steps
-        return min(1.0, (step + 1) / (WARM_UP * self.steps + 1), (1 - done) / COOL_DOWN)
+        first = 0 if step < self.eye_steps else self.eye_steps
+        num_lessons = max(1, self.steps - self.eye_steps)
+        warm = (step - first + 1) / (WARM_UP * num_lessons + 1)
+        return min(1.0, warm, (self.steps - step) / num_lessons / COOL_DOWN)
 
     def ease(self, step: int) -> float:
         """Share of easy lessons: most at first, few in the end."""
         done = (step - self.eye_steps) / max(1, self.steps - self.eye_steps)
-        return max(0.1, EASE * (1 - done))
+        return max(LEAST_EASE, EASE * (1 - done / EASY_PART))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -62,13 +61,6 @@ def chat_body(
     return {
         "model": model, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens, **fixed, **more,
     }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def eventually(claim: Callable[[], str], timeout_s: float) -> None:

@@ -16,7 +16,7 @@ from ernie_cluster.config.cluster import MIB, ApiConfig, ClusterConfig, ModelDep
 from ernie_cluster.config.presets import PRESETS
 from tests.tiny import tiny_folder
 
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 300.0
 SMALL_BLOCKS = 24
 
 
@@ -35,7 +35,7 @@ def build_config(folder: str, port: int) -> ClusterConfig:
             ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
         ),
         api=ApiConfig(port=port, max_body_bytes=4 * MIB, max_image_bytes=MIB, max_image_pixels=1_000_000),
-        router=RouterConfig(lease_timeout_s=10.0, max_attempts=3),
+        router=RouterConfig(heartbeat_timeout_s=10.0, lease_timeout_s=15.0, max_attempts=3),
     )
 
 
@@ -44,14 +44,15 @@ def app() -> Iterator[object]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # no token file in the home of whoever runs the tests
         from ernie_cluster.actors import launch
-        from tests.e2e.application import Application, eventually, free_port
+        from ernie_cluster.actors.environment import free_port
+        from tests.e2e.application import Application, eventually
 
         application = Application(build_config(tiny_folder(), free_port()))
         launch.check(application.config)
         launch.start_ray(application.config, None, print)
         try:
             launch.start(application.config, print, timeout_s=START_TIMEOUT_S)
-            eventually(application.objection_to_ready, 60)  # the second decode replica, too
+            eventually(application.objection_to_ready, 180)  # the second decode replica, too
             yield application
         finally:
             launch.stop(print)
@@ -63,7 +64,7 @@ def whole_app(app: object) -> Iterator[object]:
     from tests.e2e.application import Application, eventually
 
     assert isinstance(app, Application)
-    eventually(app.objection_to_ready, 90)
+    eventually(app.objection_to_ready, 180)
     yield app
-    eventually(app.objection_to_ready, 90)
-    eventually(app.objection_to_rest, 30)
+    eventually(app.objection_to_ready, 180)
+    eventually(app.objection_to_rest, 60)

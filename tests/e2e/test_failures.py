@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import httpx
 import ray
@@ -113,21 +112,18 @@ def test_router_killed(whole_app: Application) -> None:
     """Running streams do not need it; new requests wait until it is back."""
     app, text = whole_app, whole_text(whole_app, STORY)
 
-    async def play() -> tuple[list[Streamed], list[httpx.Response], float]:
+    async def play() -> tuple[list[Streamed], list[httpx.Response]]:
         async with httpx.AsyncClient() as client:
             streams = await begun(app, client, 2)
             ray.kill(app.router())
-            start = time.monotonic()
             new = await asyncio.gather(
                 *(client.post(app.url + CHAT, json=chat_body(m, "Hello"), timeout=60) for m in ("tiny", "mixed"))
             )
-            took_s = time.monotonic() - start
-            return list(await asyncio.gather(*streams)), list(new), took_s  # type: ignore[call-overload]
+            return list(await asyncio.gather(*streams)), list(new)  # type: ignore[call-overload]
 
-    streams, new, took_s = run(play())
+    streams, new = run(play())
     check_whole(streams, text)
     assert [r.status_code for r in new] == [200, 200], [r.text for r in new]
-    assert took_s < 12, "new requests wait briefly"
 
 
 def test_client_that_leaves_takes_nobody_with_it(whole_app: Application) -> None:

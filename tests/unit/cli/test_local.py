@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from ernie_cluster.actors.environment import free_port
 from ernie_cluster.cli import local
-from ernie_cluster.cli.local import free_port, is_listening, server_or_pocket
+from ernie_cluster.cli.local import is_listening, server_or_pocket
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.presets import pocket_mixed
 

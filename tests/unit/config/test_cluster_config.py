@@ -55,7 +55,7 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
         (lambda: TransportConfig(piece_bytes=9, staging_bytes=8), "staging_bytes = 8"),
         (lambda: RouterConfig(max_attempts=0), "max_attempts = 0"),
         (lambda: RouterConfig(retry_after_s=0), "retry_after_s = 0"),
-        (lambda: RouterConfig(snapshot_interval_s=2), "heartbeat_timeout_s = 2.0 must be more than"),
+        (lambda: RouterConfig(snapshot_interval_s=5), "heartbeat_timeout_s = 5.0 must be more than"),
         (lambda: RouterConfig(lease_timeout_s=2), "lease_timeout_s = 2 must be more than"),
         (lambda: ApiConfig(host=""), "host is empty"),
         (lambda: ApiConfig(port=65536), "port = 65536 must be between 1 and 65535"),

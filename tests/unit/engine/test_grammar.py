@@ -258,7 +258,7 @@ def test_the_limit_of_tokens_holds() -> None:
 
 def test_a_worker_without_vocabulary_says_so() -> None:
     worker, outcomes = make_worker()
-    worker.engine.grammars._compiler = None
+    worker.engine.grammars._make_compiler = None
     run_mixed(worker, [constrained("start: /a/", "a")])
     outcomes.drain()
     assert "no vocabulary" in str(outcomes.errors["a"])
