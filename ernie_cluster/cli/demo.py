@@ -9,8 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ernie_cluster import __version__
-from ernie_cluster.cli.local import at_port, is_packaged, serving
+from ernie_cluster.cli.local import at_port, serving
 from ernie_cluster.cli.progress import Progress
 from ernie_cluster.cli.serve import wait_for_signal
 from ernie_cluster.config.cluster import ClusterConfig
@@ -24,8 +23,7 @@ _EPILOG = """\
 Serves the packaged model (7.4 million parameters, trained by scripts/pocket) on the CPU of this machine: one vision,
 one prefill and one decode replica. Then asks it, through the official openai client, four things: what is in a picture,
 a sum to think about, where something is, and a number so small that it has to zoom in by a tool call. The pictures are
-drawn here, so the demo knows what is right. Where the model is missing, a toy with random weights takes its place and is
-asked the first question only.
+drawn here, so the demo knows what is right.
 
 examples:
   ernie-cluster demo
@@ -50,27 +48,15 @@ def main(args: argparse.Namespace) -> int:
     progress = Progress()
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ernie_cluster"
     folder = args.keep or cache / "demo"
-    is_toy = args.model is None and not is_packaged()
-    model = toy_checkpoint(cache / f"toy-{__version__}", progress) if is_toy else args.model
-    config = configure(model, is_mixed=args.mixed, port=args.port)
+    config = configure(args.model, is_mixed=args.mixed, port=args.port)
     with serving(config, progress) as url:
         folder.mkdir(parents=True, exist_ok=True)
         progress(f"ready; the pictures go to {folder}")
-        walk_through(url, config.models[0].name, folder, progress, num_steps=1 if is_toy else None)
+        walk_through(url, config.models[0].name, folder, progress)
         if not args.once:
             print(how_to_go_on(url, config.models[0].name, folder), flush=True)
             wait_for_signal()
     return 0
-
-
-def toy_checkpoint(folder: Path, progress: Progress) -> str:
-    """A checkpoint of the real structure with random weights, for a package without its model; where it lies."""
-    progress("the packaged model is not there: a toy with random weights takes its place, whose words mean nothing")
-    if not (folder / "config.json").exists():
-        from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint
-
-        write_tiny_checkpoint(folder)
-    return str(folder)
 
 
 def configure(model: str | None, *, is_mixed: bool, port: int) -> ClusterConfig:
@@ -81,12 +67,8 @@ def configure(model: str | None, *, is_mixed: bool, port: int) -> ClusterConfig:
     return at_port(config, port)
 
 
-def walk_through(url: str, model: str, folder: Path, progress: Progress, num_steps: int | None = None) -> None:
-    """The questions, and the stages of the first one's journey; raises ErnieClusterError when one is not answered.
-
-    Args:
-        num_steps: how many; None asks all.
-    """
+def walk_through(url: str, model: str, folder: Path, progress: Progress) -> None:
+    """The questions, and the stages of the first one's journey; raises ErnieClusterError when one is not answered."""
     import openai
 
     from ernie_cluster.cli.demo_pictures import steps
@@ -95,7 +77,7 @@ def walk_through(url: str, model: str, folder: Path, progress: Progress, num_ste
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without ✓ is no reason to fail
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=REQUEST_TIMEOUT_S, max_retries=0)
     walk = Walk(client, model, folder, sys.stdout)
-    for number, step in enumerate(steps()[:num_steps], start=1):
+    for number, step in enumerate(steps(), start=1):
         asked_s = progress.elapsed_s
         try:
             heard = walk.take(number, step)

@@ -2,8 +2,8 @@
 
 `ernie_cluster.model` holds the parameters under the names that its loader fills, so exporting is loading backwards.
 Here they are float32; products run in bfloat16, as in serving (but for attention). No key-value cache, no paging: attention works on
-segments (see `batch.py`). Two linear heads beside the model, `scaffold`, are taught what stands at each patch; they
-help the ViT to see early, and are left behind at the export.
+segments (see `batch.py`). Linear heads beside the model, `scaffold`, are taught what stands at each patch, and
+where; they help it to see early, and are left behind at the export.
 
 Shapes: N tokens, P patches, C ViT width, D decoder width, H heads, K chosen experts, E experts of one pool.
 """
@@ -23,6 +23,9 @@ from ernie_cluster.model.moe import GatedMLP, SparseMLP
 from ernie_cluster.model.vision import IMAGE_MEAN, IMAGE_STD, MergeMLP, VisionBlock
 
 HALF = torch.bfloat16
+
+_MIDDLE = 3
+"""Before this layer the scaffold reads where things are: neither ViT nor decoder is told absolute positions."""
 
 
 class Network(nn.Module):
@@ -51,23 +54,31 @@ class Network(nn.Module):
                 "token_colours": nn.Linear(config.text.hidden_size, 4 * colours),
                 "token_boxes": nn.Linear(config.text.hidden_size, 4 * 4),
                 "token_places": nn.Linear(config.text.hidden_size, 4 * 4),
+                "deep_places": nn.Linear(config.text.hidden_size, 4 * 4),
             }
         )
         self.loads: dict[int, Tensor] = {}
         """Layer -> how many tokens each expert got in the last forward pass, int64 [2, E]."""
         _initialise(self, seed)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the batch's target rows, and what the scaffold reads: ViT outputs [P, C], embeddings [n, D]."""
+    def forward(self, batch: Batch, *, are_eyes_taught: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits of the batch's target rows, and what the scaffold reads.
+
+        That is: ViT outputs [P, C], embeddings [n, D], and what a middle layer makes of these [n, D].
+        """
         x = functional.embedding(batch.ids, self.decoder.embed.to(HALF))
-        patches, embeds = self.see(batch)
+        with torch.set_grad_enabled(are_eyes_taught and torch.is_grad_enabled()):
+            patches, embeds = self.see(batch)
         x = x.index_copy(0, batch.media_rows, embeds[: len(batch.media_rows)])
         turn = _text_angles(batch.positions, self.config)
+        deep = embeds
         for i, layer in enumerate(self.decoder.layers):
+            if i == _MIDDLE:
+                deep = x.index_select(0, batch.media_rows)
             x = x + self._attention(layer, _rms(x, layer.input_norm, layer.eps), turn, batch)
             x = x + self._mlp(i, layer.mlp, _rms(x, layer.post_attention_norm, layer.eps), batch)
         rows = _rms(x.index_select(0, batch.target_rows), self.decoder.norm, self.config.text.rms_norm_eps)
-        return linear(rows, self.decoder.embed).float(), patches, embeds
+        return linear(rows, self.decoder.embed).float(), patches, embeds, deep
 
     def _attention(self, layer: nn.Module, x: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         text = self.config.text

@@ -25,8 +25,12 @@ from ernie_cluster.skills.catalog import HELD_OUT
 NUM_PROCESSES = 2
 """Fixed, as it is part of what the result depends on."""
 
-WARM_UP, COOL_DOWN = 0.01, 0.7
-"""Shares of the lessons in which the learning rate rises, and falls to zero; while the eyes are taught it stays."""
+WARM_UP, LEAST_RATE = 20, 0.02
+"""Steps in which the learning rate rises at the start of a phase, and the share of it that is left at the end."""
+
+TOGETHER = 0.15
+"""Share of the lessons, the last ones, in which the eyes learn, too: before that what they know would be unlearned by
+a decoder that does not know yet what to look for."""
 
 EASE, LEAST_EASE, EASY_PART = 0.9, 0.1, 0.6
 """Share of easy lessons to begin with, in the end, and after which part of all lessons the end is reached."""
@@ -36,8 +40,11 @@ BALANCE_RATE = 0.004
 
 SCAFFOLD_WEIGHT = 0.3
 
+_PLACE_UNIT = 5.0
+"""Places are weighed in fifths of a picture."""
+
 LESSONS_PER_LOOK = 4
-"""Every fourth tree goes on teaching the eyes alone, which costs little as it has no text."""
+"""As long as the eyes learn, every fourth tree teaches them alone, which costs little as it has no text."""
 
 PICTURES_PER_LOOK = 40
 """Of each process, while the eyes are taught."""
@@ -52,16 +59,21 @@ class Plan:
     eye_steps: int
     """The first of them teach the eyes alone: nothing can be learned about pictures that are not seen yet."""
     seed: int
-    muon_rate: float = 0.02
-    adam_rate: float = 0.004
+    muon_rate: float = 0.015
+    adam_rate: float = 0.003
+    eye_muon_rate: float = 0.02
     checkpoint_every_s: float = 180.0
 
     def rate(self, step: int) -> float:
         """Share of the full learning rate at a step, counted from 0."""
-        first = 0 if step < self.eye_steps else self.eye_steps
-        num_lessons = max(1, self.steps - self.eye_steps)
-        warm = (step - first + 1) / (WARM_UP * num_lessons + 1)
-        return min(1.0, warm, (self.steps - step) / num_lessons / COOL_DOWN)
+        first, last = (0, self.eye_steps) if step < self.eye_steps else (self.eye_steps, self.steps)
+        return min((step - first + 1) / WARM_UP, max(LEAST_RATE, (last - step) / (last - first)))
+
+    def parts(self, step: int) -> tuple[str, ...]:
+        """How the names of the parameters begin that are taught at a step."""
+        if step < self.eye_steps:
+            return ("vision", "scaffold")
+        return ("decoder", "scaffold.deep") if step < self.steps - TOGETHER * (self.steps - self.eye_steps) else ("",)
 
     def ease(self, step: int) -> float:
         """Share of easy lessons: most at first, few in the end."""
@@ -150,16 +162,19 @@ class Classroom:
         for step in range(self.first_step, self.plan.steps):
             start, self.step = time.monotonic(), step
             self.optimiser.clear(rank)
-            is_eyes = step < self.plan.eye_steps
+            is_eyes, parts = step < self.plan.eye_steps, self.plan.parts(step)
             batch = next(looks if is_eyes else batches)
-            loss, scaffold_loss, accuracy = (look if is_eyes else lesson)(self.network, batch)
+            if is_eyes:
+                loss, scaffold_loss, accuracy = look(self.network, batch)
+            else:
+                loss, scaffold_loss, accuracy = lesson(self.network, batch, are_eyes_taught=parts == ("",))
             (loss + SCAFFOLD_WEIGHT * scaffold_loss).backward()  # type: ignore[no-untyped-call]
             for i, load in enumerate(self.network.loads.values()):
                 self.loads[rank, i] = load
             barrier.wait()
             rate = self.plan.rate(step)
-            parts = ("vision", "scaffold") if is_eyes else ("",)
-            self.optimiser.update(rank, step + 1, self.plan.muon_rate * rate, self.plan.adam_rate * rate, parts)
+            muon_rate = self.plan.eye_muon_rate if is_eyes else self.plan.muon_rate
+            self.optimiser.update(rank, step + 1, muon_rate * rate, self.plan.adam_rate * rate, parts)
             if rank == 0 and not is_eyes:
                 self._balance(rate)
             barrier.wait()
@@ -192,7 +207,7 @@ class Classroom:
         num_tokens = 0
         for seed in itertools.count(self._first_seed(rank)):
             ease = self.plan.ease(self.step)
-            is_look = seed % LESSONS_PER_LOOK == 0
+            is_look = seed % LESSONS_PER_LOOK == 0 and self.plan.parts(self.step) == ("",)
             tree = (
                 self.planter.plant_picture(draw_crowd(seed)) if is_look else self.planter.plant(draw_group(seed, ease))
             )
@@ -222,14 +237,17 @@ def look(network: Network, batch: Batch) -> tuple[Tensor, Tensor, float]:
     return torch.zeros(()), _scaffold_loss(network, batch, patches, embeds), 0.0
 
 
-def lesson(network: Network, batch: Batch) -> tuple[Tensor, Tensor, float]:
+def lesson(network: Network, batch: Batch, *, are_eyes_taught: bool) -> tuple[Tensor, Tensor, float]:
     """Loss on the answers, loss of the scaffold, and the share of answers' tokens that were foreseen."""
-    logits, patches, embeds = network(batch)
+    logits, patches, embeds, deep = network(batch, are_eyes_taught=are_eyes_taught)
     each = functional.cross_entropy(logits, batch.target_ids, reduction="none")
     weights = batch.target_weights
     loss = (each * weights).sum() / weights.sum()
     is_right = (logits.detach().argmax(-1) == batch.target_ids) & (weights > 0)
-    return loss, _scaffold_loss(network, batch, patches, embeds), is_right.sum().item() / (weights > 0).sum().item()
+    scaffold_loss = _place_loss(network, batch, "deep_places", deep.float()[: len(batch.media_rows)])
+    if are_eyes_taught:
+        scaffold_loss = scaffold_loss + _scaffold_loss(network, batch, patches, embeds)
+    return loss, scaffold_loss, is_right.sum().item() / (weights > 0).sum().item()
 
 
 def _scaffold_loss(network: Network, batch: Batch, patches: Tensor, embeds: Tensor) -> Tensor:
@@ -274,8 +292,18 @@ def _token_loss(network: Network, batch: Batch, embeds: Tensor) -> Tensor:
         logits = heads["token_colours"](seen).view(-1, num_colours)[is_coloured]
         total = total + functional.cross_entropy(logits, colours[is_coloured])
     if (names > 0).any():
-        for kind, edges, unit in (("token_boxes", batch.boxes, 1.0), ("token_places", batch.places, 5.0)):
-            wanted = edges.view(-1, 4, 4)[blocks][is_known].view(-1, 4)[names > 0]
-            read = heads[kind](seen).view(-1, 4)[names > 0]
-            total = total + functional.smooth_l1_loss(read * unit, wanted * unit, beta=0.1)
-    return total
+        wanted = batch.boxes.view(-1, 4, 4)[blocks][is_known].view(-1, 4)[names > 0]
+        read = heads["token_boxes"](seen).view(-1, 4)[names > 0]
+        total = total + functional.smooth_l1_loss(read, wanted, beta=0.1)
+    return total + _place_loss(network, batch, "token_places", embeds)
+
+
+def _place_loss(network: Network, batch: Batch, head: str, seen: Tensor) -> Tensor:
+    """How wrong a head is about the edges of the things at each token, as fractions of the picture; `seen` is [n, D]."""
+    blocks = batch.first_frame[: len(seen)]
+    is_thing = batch.names.view(-1, 4)[blocks] > 0
+    if not is_thing.any():
+        return torch.zeros(())
+    wanted = batch.places.view(-1, 4, 4)[blocks][is_thing]
+    read = network.scaffold[head](seen).view(-1, 4, 4)[is_thing]
+    return functional.smooth_l1_loss(read * _PLACE_UNIT, wanted * _PLACE_UNIT, beta=0.1)

@@ -63,8 +63,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4100, help="updates; each sees about 90 questions (default 4100)")
-    parser.add_argument("--eye-steps", type=int, default=720, help="of these, teach the eyes alone (default 720)")
+    parser.add_argument("--steps", type=int, default=4500, help="updates; each sees about 90 questions (default 4500)")
+    parser.add_argument("--eye-steps", type=int, default=1000, help="of these, teach the eyes alone (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and lessons (default 0)")
     parser.add_argument(
         "--out", type=Path, default=SHIPPED, help="folder of the checkpoint (default: inside the package)"

@@ -26,6 +26,9 @@ NUM_LABELS = (len(NAMES) + 1, len(COLOUR_IDS) + 1, 4)
 """Names, colours and counts that the scaffold tells apart."""
 
 END = "</s>"
+
+_DIGIT_WEIGHTS = (3.0, 2.0, 0.3, 1.0)
+"""Of the digits of a box's edges, beside other tokens: the third is next to chance, and its noise would drown the first."""
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
@@ -67,8 +70,8 @@ class Planter:
             self._show(tree, sample, request, start, shift)
             tree.segments.append((len(tree.ids) - (request.num_prompt_tokens - trunk) - len(answer) + 1, len(tree.ids)))
             first = len(tree.ids) - len(answer)
-            weight = len(answer) ** -0.5
-            tree.targets += [(first + j, token, weight) for j, token in enumerate(answer)]
+            weights = _weights([self._processor.tokenizer.decode([token]) for token in answer])
+            tree.targets += [(first + j, token, weights[j]) for j, token in enumerate(answer)]
         return tree
 
     def plant_picture(self, picture: Picture) -> Tree:
@@ -146,6 +149,18 @@ def _common_length(requests: Sequence[GenerationRequest]) -> int:
         if len({m.media_hash for m in media}) > 1 or media[0].end > length:
             length = min(length, media[0].offset)
     return length
+
+
+def _weights(pieces: Sequence[str]) -> list[float]:
+    """How much each token of an answer counts: together as the square root of their number, edges of boxes by digit."""
+    out, is_box, num_digits, written = [], False, 0, ""
+    for piece in pieces:
+        written += piece
+        is_box = written.rfind("bbox_2d") > written.rfind("]")
+        num_digits = num_digits + 1 if piece.isdigit() else 0
+        share = _DIGIT_WEIGHTS[min(num_digits, 4) - 1] if is_box and num_digits > 0 else 1.0
+        out.append(share * len(pieces) ** -0.5)
+    return out
 
 
 Labels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]

@@ -15,7 +15,6 @@ import httpx
 import pytest
 
 from ernie_cluster.actors.environment import free_port
-from ernie_cluster.cli.local import is_packaged
 from tests.e2e.application import CHAT, Streamed, chat_body, eventually
 from tests.e2e.processes import Process, Program, shared_memory_of
 from tests.tiny import tiny_folder
@@ -60,12 +59,8 @@ def test_demo_says_what_it_does_and_nothing_else(start: Start, tmp_path: Path) -
     assert all(re.match(r"\[ *\d+\.\d s\] ", line) for line in said[:walk]), program.text
     assert re.fullmatch(r"\[ *\d+\.\d s\] stopping\n", said[-1])
     paces = re.findall(r"\d+ prompt tokens, first token after \d+ ms, then \d+ tokens/s", program.text)
-    if is_packaged():
-        assert len(paces) == 4
-        assert program.text.count("✓ right") >= 3, program.text  # bf16 rounds a little differently from CPU to CPU
-    else:
-        assert len(paces) == 1
-        assert "random weights" in program.text
+    assert len(paces) == 4
+    assert program.text.count("✓ right") >= 3, program.text  # bf16 rounds a little differently from CPU to CPU
     assert all((tmp_path / name).exists() for name in re.findall(r"\S+\.png", program.text))
     assert re.search(r"transfer .* [\d,]+ bytes", program.text)
     assert re.search(r"the first token came \d+\.\d s after the start", program.text)

@@ -18,7 +18,6 @@ from ernie_cluster.cli import demo, local
 from ernie_cluster.cli.demo_pictures import framed, steps
 from ernie_cluster.cli.demo_walk import Walk, timeline_lines
 from ernie_cluster.cli.main import main
-from ernie_cluster.cli.progress import Progress
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.presets import POCKET
 from ernie_cluster.errors import CheckpointError
@@ -165,12 +164,9 @@ def test_what_is_served(is_mixed: bool, roles: list[str]) -> None:
     assert (config.models[0].name, config.models[0].path, config.api.port) == ("demo", "/m", 9000)
 
 
-@pytest.mark.parametrize(("has_model", "served"), [(True, "ernie-pocket"), (False, "demo")])
 @pytest.mark.parametrize("flags", [["--once"], []])
 def test_the_demo_walks_and_stays_up_only_without_once(
     flags: list[str],
-    has_model: bool,
-    served: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -183,11 +179,9 @@ def test_the_demo_walks_and_stays_up_only_without_once(
         yield "http://test"
         events.append("stop")
 
-    def walk_through(url: str, model: str, folder: Path, progress: object, num_steps: int | None) -> None:
-        events.append(f"{url} {model} {num_steps}")
+    def walk_through(url: str, model: str, folder: Path, progress: object) -> None:
+        events.append(f"{url} {model}")
 
-    monkeypatch.setattr(demo, "is_packaged", lambda: has_model)
-    monkeypatch.setattr(demo, "toy_checkpoint", lambda folder, progress: "/toy")
     monkeypatch.setattr(demo, "serving", serving)
     monkeypatch.setattr(demo, "walk_through", walk_through)
     monkeypatch.setattr(demo, "wait_for_signal", lambda: events.append("wait"))
@@ -195,15 +189,8 @@ def test_the_demo_walks_and_stays_up_only_without_once(
     assert main(["demo", "--keep", str(folder), *flags]) == 0
     assert folder.is_dir()
     stays = not flags
-    steps = None if has_model else 1
-    assert events == [f"start {served}", f"http://test {served} {steps}", *(["wait"] if stays else []), "stop"]
+    assert events == ["start ernie-pocket", "http://test ernie-pocket", *(["wait"] if stays else []), "stop"]
     assert (f"ernie-cluster chat --url http://test --image {folder}" in capsys.readouterr().out) == stays
-
-
-def test_a_toy_takes_the_place_of_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = demo.toy_checkpoint(tmp_path / "toy", Progress())
-    assert list(Path(folder).glob("*.safetensors"))
-    assert "random weights" in "".join(capsys.readouterr())
 
 
 def test_nothing_is_served_from_a_checkpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
