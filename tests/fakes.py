@@ -13,7 +13,15 @@ import numpy as np
 
 from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
-from ernie_cluster.request import FinishReason, GenerationRequest, SamplingParams, Span, TokenEvent, TokenLogprobs
+from ernie_cluster.request import (
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    Span,
+    ThinkingLimit,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 EOS = 256
 """End token of the byte tokenizer; 0 to 255 are bytes."""
@@ -207,6 +215,9 @@ class FakeProcessor:
 
     def opens_reasoning(self, request: GenerationRequest) -> bool:
         return bytes(request.prompt_token_ids[-7:].tolist()) == b"<think>"
+
+    def thinking_limit(self, max_tokens: int) -> ThinkingLimit:
+        return ThinkingLimit(max_tokens, bytes_of("</think>"), bytes_of("\n</think>\n\n"))
 
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()

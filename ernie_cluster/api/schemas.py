@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, Tag
 
 from ernie_cluster.api.formats import Choices, Regex, ResponseFormat, StructuredOutputs, ToolChoice
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, shortened, type_tag, validated
@@ -81,6 +81,8 @@ class GenerationBody(Strict):
     """vLLM's: cached prompts and pictures are shared only between requests with the same one."""
     include_timeline: bool | None = None
     """Ours: attach the stages of the request's journey to the answer."""
+    return_token_ids: bool | None = None
+    """vLLM's: tell the token ids of prompt and answer."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -220,6 +222,13 @@ class ChatBody(GenerationBody):
     enable_thinking: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
     """OpenAI's; these models know no degrees, only with and without."""
+    max_thinking_tokens: Annotated[
+        int | None,
+        Field(
+            ge=0, validation_alias=AliasChoices("max_thinking_tokens", "thinking_token_budget", "reasoning_max_tokens")
+        ),
+    ] = None
+    """A thought that is longer is ended; also in vLLM's and FastDeploy's spelling. Without a thought it does nothing."""
 
     @property
     def thinking(self) -> bool | None:
