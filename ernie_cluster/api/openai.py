@@ -21,6 +21,7 @@ class ChatForm:
     """`/v1/chat/completions`."""
 
     id_prefix = "chatcmpl-"
+    body_type = ChatBody
     whole_object = "chat.completion"
     has_many_prompts = False
     chunk_object = "chat.completion.chunk"
@@ -69,6 +70,7 @@ class CompletionForm:
     """`/v1/completions`."""
 
     id_prefix = "cmpl-"
+    body_type = CompletionBody
     whole_object = "text_completion"
     has_many_prompts = True
     chunk_object = "text_completion"

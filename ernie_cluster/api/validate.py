@@ -1,7 +1,7 @@
 """Checks the fields of a request's body, whichever API it is written for.
 
 Types are strict ("1" and true are no numbers, NaN is none either); unknown fields are ignored, as the APIs themselves
-do; fields that would change the answer and cannot be honoured are refused by name.
+do (but see `unknown.py`); fields that would change the answer and cannot be honoured are refused by name.
 """
 
 from __future__ import annotations

@@ -140,3 +140,80 @@ async def test_streamed_token_ids_come_with_their_news_and_the_prompts_once(url:
 async def test_nobody_gets_token_ids_unasked(fields: dict[str, Any]) -> None:
     text = (await Server().chat(**fields)).text + (await Server().chat(stream=True, **fields)).text
     assert "token_ids" not in text
+
+
+# Fields that nobody reads
+
+STRICT = {"x-strict": "true"}
+HI = {"role": "user", "content": "hi"}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [HI]}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "whatever": 1}, "descripton": ""},
+}
+UNKNOWN: list[tuple[str, dict[str, Any], str, str]] = [
+    (CHAT_URL, CHAT | {"temprature": 1}, "temprature", "temperature"),
+    (CHAT_URL, CHAT | {"max_thinking_token": 1}, "max_thinking_token", "max_thinking_tokens"),
+    (CHAT_URL, CHAT | {"zzz": None}, "zzz", ""),
+    (CHAT_URL, CHAT | {"messages": [HI, HI | {"contents": 1}]}, "messages[1].contents", "content"),
+    (
+        CHAT_URL,
+        CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "txt": ""}]}]},
+        "messages[0].content[0].txt",
+        "text",
+    ),
+    (CHAT_URL, CHAT | {"tools": [TOOL]}, "tools[0].function.descripton", "description"),
+    (
+        CHAT_URL,
+        CHAT | {"stream": True, "stream_options": {"includeusage": True}},
+        "stream_options.includeusage",
+        "include_usage",
+    ),
+    (COMPLETION_URL, {"model": "tiny", "prompt": "a", "promt": "b"}, "promt", "prompt"),
+    ("/v1/responses", {"model": "tiny", "input": "a", "instruction": "b"}, "instruction", "instructions"),
+    ("/v1/messages", CHAT | {"max_tokens": 4, "stop_sequence": []}, "stop_sequence", "stop_sequences"),
+    (
+        "/v1/messages",
+        CHAT | {"max_tokens": 4, "output_config": {"format": {"type": "json_schema", "schema": {}, "schem": 1}}},
+        "output_config.format.schem",
+        "schema",
+    ),
+]
+
+
+@pytest.mark.parametrize(("url", "body", "param", "meant"), UNKNOWN)
+async def test_an_unknown_field_is_named_to_those_who_ask_for_it(
+    url: str, body: dict[str, Any], param: str, meant: str
+) -> None:
+    server = Server()
+    assert (await server.post(url, body)).status_code == 200
+    assert (await server.post(url, body, {"x-strict": "false"})).status_code == 200
+    response = await server.post(url, body, STRICT)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert param in error["message"]
+    assert error["message"].endswith(f"did you mean {meant}?" if meant else "leave it out")
+    if not url.endswith("messages"):
+        assert (error["param"], error["code"]) == (param, "unknown_parameter")
+
+
+async def test_known_fields_pass_in_every_spelling() -> None:
+    body = CHAT | {
+        "thinking_token_budget": 3,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}},
+        "chat_template_kwargs": {"enable_thinking": True},
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x": 1}}}],
+    }
+    response = await Server(FakeBackend(say("</think>{}"))).post(CHAT_URL, body, STRICT)
+    assert response.status_code == 200, response.text
+
+
+async def test_a_strictness_that_is_none_is_refused() -> None:
+    response = await Server().post(CHAT_URL, CHAT, {"x-strict": "yes"})
+    assert response.status_code == 400
+    assert "x-strict" in response.json()["error"]["message"]
+
+
+async def test_what_is_wrong_comes_before_what_is_unknown() -> None:
+    response = await Server().post(CHAT_URL, CHAT | {"zzz": 1, "n": 0}, STRICT)
+    assert response.json()["error"]["param"] == "n"
