@@ -172,6 +172,9 @@ class GenerationRequest:
     """Prefix-cache entries are shared only between requests with the same salt."""
     timeout_s: float = 600.0
     """Deadline, counted from acceptance."""
+    priority: int = 0
+    """Of the sequences that wait on an engine, those with a lower number start first, and when KV blocks run out they keep
+    theirs longer. Nothing ages: under a steady stream of lower numbers the others wait until their deadline."""
 
     @property
     def num_prompt_tokens(self) -> int:

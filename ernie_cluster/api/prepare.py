@@ -81,6 +81,7 @@ def prepare(
         replace(
             request,
             request_id=f"{response_id}-{p * num_answers + i}",
+            priority=body.priority or 0,
             sampling=replace(request.sampling, seed=(sampling.seed + i) % 2**64),
         )
         for p, prompt in enumerate(

@@ -77,6 +77,8 @@ class GenerationBody(Strict):
     guided_regex: Regex | None = None
     guided_choice: Choices | None = None
     user: str | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    """vLLM's: lower numbers come first, see `GenerationRequest`; 0 by default."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """vLLM's: cached prompts and pictures are shared only between requests with the same one."""
     include_timeline: bool | None = None

@@ -217,3 +217,20 @@ async def test_a_strictness_that_is_none_is_refused() -> None:
 async def test_what_is_wrong_comes_before_what_is_unknown() -> None:
     response = await Server().post(CHAT_URL, CHAT | {"zzz": 1, "n": 0}, STRICT)
     assert response.json()["error"]["param"] == "n"
+
+
+# Who comes first
+
+
+@pytest.mark.parametrize(("fields", "priority"), [({}, 0), ({"priority": -100}, -100), ({"priority": None}, 0)])
+async def test_a_priority_goes_into_every_request(fields: dict[str, Any], priority: int) -> None:
+    server = Server()
+    assert (await server.complete(prompt=["a", "b"], n=2, **fields)).status_code == 200
+    assert [request.priority for request in server.backend.requests] == [priority] * 4
+
+
+@pytest.mark.parametrize("value", [101, -101, 10**30, 0.5, "1", True])
+async def test_a_priority_has_bounds(value: Any) -> None:
+    response = await Server().chat(priority=value)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "priority"
