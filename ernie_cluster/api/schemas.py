@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, Tag
 
 from ernie_cluster.api.formats import Choices, Regex, ResponseFormat, StructuredOutputs, ToolChoice
+from ernie_cluster.api.unsupported import UNSUPPORTED
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, shortened, type_tag, validated
 from ernie_cluster.errors import InvalidRequest
 
@@ -222,7 +223,7 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     enable_thinking: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """OpenAI's; these models know no degrees, only with and without."""
     max_thinking_tokens: Annotated[
         int | None,
@@ -272,26 +273,13 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "modalities": (None, ["text"]),
-    "guided_grammar": (None,),
-    "suffix": (None, ""),
-}
-"""Fields of OpenAI's that are not supported, and the values with which they ask for nothing."""
-
-
 def parse_body(kind: type[B], raw: dict[str, Any]) -> B:
     """Check types and ranges.
 
     Raises:
         InvalidRequest: names the first field at fault.
     """
-    refuse_unsupported(raw, _HARMLESS)
+    refuse_unsupported(raw, UNSUPPORTED)
     body = validated(kind, raw)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only for stream: true", "stream_options")

@@ -61,7 +61,7 @@ def tokenize(raw: dict[str, Any], find: FindProcessor) -> dict[str, Any]:
     if body.prompt is not None:
         request = processor.completion(body.prompt, request_id="", sampling=_NOTHING, timeout_s=1.0)
     else:
-        chat = parse_body(ChatBody, raw)
+        chat = parse_body(ChatBody, {k: v for k, v in raw.items() if k != "add_generation_prompt"})
         request = _chat(chat, processor, add_generation_prompt=body.add_generation_prompt is not False)
     tokens = request.prompt_token_ids.tolist()
     texts = [processor.token_bytes(token).decode(errors="replace") for token in tokens]

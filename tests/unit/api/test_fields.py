@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ernie_cluster.api.unsupported import UNSUPPORTED
 from ernie_cluster.request import FinishReason, GenerationRequest, MediaInput, SamplingParams, ThinkingLimit
 from tests.fakes import EOS, FakeBackend, FakeProcessor, Step, bytes_of, say
 from tests.unit.api.client import CHAT_URL, COMPLETION_URL, Connection, Server, events_of
@@ -234,3 +235,77 @@ async def test_a_priority_has_bounds(value: Any) -> None:
     response = await Server().chat(priority=value)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "priority"
+
+
+# The everyday ones, in their own words and in the engine's
+
+SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"max_tokens": 7}, {"max_tokens": 7}),
+    ({"max_tokens": 7, "max_completion_tokens": 5}, {"max_tokens": 5}),
+    ({"min_tokens": 3}, {"min_tokens": 3}),
+    ({"temperature": 0}, {"temperature": 0.0}),
+    ({"temperature": 2, "top_p": 0.5}, {"temperature": 2.0, "top_p": 0.5}),
+    ({"top_k": 5}, {"top_k": 5}),
+    ({"top_k": -1}, {"top_k": 0}),
+    ({"min_p": 0.25}, {"min_p": 0.25}),
+    ({"seed": -1}, {"seed": 2**64 - 1}),
+    ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+    ({"presence_penalty": -2, "frequency_penalty": 2}, {"presence_penalty": -2.0, "frequency_penalty": 2.0}),
+    ({"logit_bias": {"65": 100, "66": -0.5}}, {"logit_bias": ((65, 100.0), (66, -0.5))}),
+    ({"stop_token_ids": [1, 2]}, {"stop_token_ids": (1, 2)}),
+    ({"ignore_eos": True}, {"ignore_eos": True}),
+]
+NAMES = sorted({name for fields, _ in SAMPLING for name in fields})
+
+
+@pytest.mark.parametrize(("fields", "wanted"), SAMPLING)
+async def test_each_field_of_sampling_arrives_and_no_other_changes(
+    fields: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    server = Server()
+    whole = {"seed": 3} | fields
+    assert (await server.chat(**whole)).status_code == 200
+    assert (await server.complete(**whole)).status_code == 200
+    expected = replace(SamplingParams(max_tokens=256, seed=3), **wanted)
+    assert [request.sampling for request in server.backend.requests] == [expected, expected]
+
+
+async def test_null_is_as_good_as_nothing() -> None:
+    server = Server()
+    nothing = dict.fromkeys([*NAMES, "n", "stop", "stream", "user", "logprobs", "priority"]) | {"seed": 3}
+    assert (await server.chat(**nothing)).status_code == 200
+    assert sampled(server) == SamplingParams(max_tokens=256, seed=3)
+
+
+@pytest.mark.parametrize(("stop", "text"), [("l", "He"), (["lo", "zzz"], "Hel"), ([], "Hello")])
+async def test_stop_is_a_string_or_a_list(stop: Any, text: str) -> None:
+    assert (await Server().chat(stop=stop)).json()["choices"][0]["message"]["content"] == text
+
+
+async def test_n_answers_differ_by_their_seeds() -> None:
+    server = Server()
+    body = (await server.chat(n=3, seed=5, user="somebody")).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert sorted(request.sampling.seed for request in server.backend.requests) == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("effort", "thinks"),
+    [("none", False), ("minimal", False), *((e, True) for e in ("low", "medium", "high", "xhigh", "max"))],
+)
+async def test_reasoning_effort_is_with_or_without(effort: str, thinks: bool) -> None:
+    server = Server()
+    assert (await server.chat(reasoning_effort=effort)).status_code == 200
+    body = {"model": "tiny", "input": "hi", "reasoning": {"effort": effort}}
+    assert (await server.post("/v1/responses", body)).status_code == 200
+    assert [call["enable_thinking"] for call in server.processor.calls] == [thinks, thinks]
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+async def test_what_cannot_be_honoured_is_refused_unless_it_asks_for_nothing(name: str) -> None:
+    for value in UNSUPPORTED[name]:
+        assert (await Server().chat(**{name: value})).status_code == 200
+    response = await Server().chat(**{name: ["something"]})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, name, "unsupported_parameter")
