@@ -41,7 +41,7 @@ class ThinkingLimit:
     max_tokens: int
     """Tokens of reasoning, at least 0; those that are forced come on top."""
     mark: tuple[int, ...]
-    """Tokens with which the reasoning is over, whoever chose them."""
+    """Tokens with which the reasoning is over, whoever chose them; the same text in other tokens is not seen."""
     ending: tuple[int, ...]
     """Tokens that are forced, `mark` among them."""
 

@@ -57,7 +57,7 @@ class ReplicaGauges:
         show("ernie_running_requests", {key: load.num_running for key, load in by_replica.items()})
         show("ernie_waiting_requests", {key: load.num_waiting for key, load in by_replica.items()})
         show("ernie_waiting_tokens", {key: load.waiting_tokens for key, load in by_replica.items()})
-        blocks = {
+        blocks: dict[tuple[str, ...], float] = {
             (load.model, load.replica, state): count
             for load in loads
             if load.total_blocks

@@ -198,7 +198,7 @@ def _markup(body: GenerationBody, processor: Processor, request: GenerationReque
 
 
 def _thinking_limit(body: GenerationBody, processor: Processor, markup: Markup) -> ThinkingLimit | None:
-    """None when nothing bounds the thought, or there is none."""
+    """None when nothing bounds the thought, or the prompt does not open one."""
     if not isinstance(body, ChatBody) or body.max_thinking_tokens is None or markup.reasoning != "open":
         return None
     return processor.thinking_limit(body.max_thinking_tokens)
