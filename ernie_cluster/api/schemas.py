@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, Tag
 
 from ernie_cluster.api.formats import Choices, Regex, ResponseFormat, StructuredOutputs, ToolChoice
 from ernie_cluster.api.unsupported import UNSUPPORTED
-from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, shortened, type_tag, validated
+from ernie_cluster.api.validate import Strict, Unread, list_tag, refuse_unsupported, shortened, type_tag, validated
 from ernie_cluster.errors import InvalidRequest
 
 MediaUrl = Annotated[str, Field(pattern=r"^(?i:data:|https?://|file://)")]
@@ -205,6 +205,7 @@ class Message(Strict):
     name: str | None = None
     reasoning_content: str | None = None
     """What the assistant thought in that turn; whether the model sees it again is up to its template."""
+    refusal: Unread = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     """Which call a tool's message answers."""
