@@ -27,6 +27,41 @@ class FinishReason(enum.StrEnum):
     ABORT = "abort"
 
 
+_PATIENCE_TOKENS = 3
+"""Positions on which a grammar may refuse to end the reasoning: it wants the last bytes of a character first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingLimit:
+    """Ends the reasoning of a model that does not end it in time; for answers that begin inside it.
+
+    What is forced is a pure function of limit and output, so whoever continues an answer forces the same.
+    """
+
+    max_tokens: int
+    """Tokens of reasoning, at least 0; those that are forced come on top."""
+    mark: tuple[int, ...]
+    """Tokens with which the reasoning is over, whoever chose them; the same text in other tokens is not seen."""
+    ending: tuple[int, ...]
+    """Tokens that are forced, `mark` among them."""
+
+    def next_token(self, tokens: Sequence[int], start: int) -> int | None:
+        """The token that has to follow the output `tokens[start:]`; None where the choice is free.
+
+        With max_tokens 2, mark (9,) and ending (1, 9, 1), the output [5, 6] goes on with 1, 9 and 1, and [5, 9] is free.
+        Where a grammar refuses a token, the ending begins anew.
+        """
+        num_late = len(tokens) - start - self.max_tokens
+        if not 0 <= num_late < len(self.ending) + _PATIENCE_TOKENS:
+            return None
+        output = tuple(tokens[start:])
+        lengths = range(min(num_late + 1, len(self.ending)))
+        num_begun = max(n for n in lengths if output[len(output) - n :] == self.ending[:n])
+        before = output[: len(output) - num_begun]
+        is_over = any(before[i : i + len(self.mark)] == self.mark for i in range(len(before)))
+        return None if is_over else self.ending[num_begun]
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen and when to stop. Ranges are checked by the API, which names the field."""
@@ -65,6 +100,8 @@ class SamplingParams:
     The answer ends with the token after which nothing can follow. Where the grammar lets it end earlier, an
     end-of-sequence token may be chosen, and ends it whatever `ignore_eos` says. `min_tokens` forbids that token only
     as long as there is another one."""
+    thinking: ThinkingLimit | None = None
+    """When the reasoning is made to end; None lets the model think as long as it likes. A grammar goes before it."""
 
     @property
     def is_greedy(self) -> bool:
@@ -135,6 +172,9 @@ class GenerationRequest:
     """Prefix-cache entries are shared only between requests with the same salt."""
     timeout_s: float = 600.0
     """Deadline, counted from acceptance."""
+    priority: int = 0
+    """Of the sequences that wait on an engine, those with a lower number start first, and when KV blocks run out they keep
+    theirs longer. Nothing ages: under a steady stream of lower numbers the others wait until their deadline."""
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -11,9 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from ernie_cluster.api.backend import ModelStatus
+from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
-from ernie_cluster.request import FinishReason, GenerationRequest, SamplingParams, Span, TokenEvent, TokenLogprobs
+from ernie_cluster.request import (
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    Span,
+    ThinkingLimit,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 EOS = 256
 """End token of the byte tokenizer; 0 to 255 are bytes."""
@@ -70,6 +78,9 @@ class FakeBackend:
         self.num_cached_tokens = num_cached_tokens
         self.spans = spans
         self.states: list[ModelStatus] | Exception = [ModelStatus("tiny", True, "")]
+        self.load_news: list[ReplicaLoad] | Exception = []
+        self.num_looks = 0
+        """How often somebody asked for the loads."""
         self.requests: list[GenerationRequest] = []
         self.arrivals: asyncio.Queue[GenerationRequest] = asyncio.Queue()
         """The same requests, to be waited for."""
@@ -122,6 +133,12 @@ class FakeBackend:
         if isinstance(self.states, Exception):
             raise self.states
         return self.states
+
+    async def loads(self) -> list[ReplicaLoad]:
+        self.num_looks += 1
+        if isinstance(self.load_news, Exception):
+            raise self.load_news
+        return self.load_news
 
     async def close(self) -> None:
         self.is_closed = True
@@ -207,6 +224,9 @@ class FakeProcessor:
 
     def opens_reasoning(self, request: GenerationRequest) -> bool:
         return bytes(request.prompt_token_ids[-7:].tolist()) == b"<think>"
+
+    def thinking_limit(self, max_tokens: int) -> ThinkingLimit:
+        return ThinkingLimit(max_tokens, bytes_of("</think>"), bytes_of("\n</think>\n\n"))
 
     def detokenizer(self) -> ByteDetokenizer:
         return ByteDetokenizer()

@@ -21,7 +21,7 @@ from ernie_cluster.actors import background
 from ernie_cluster.actors.links import Link, failure_of, router_line, translate
 from ernie_cluster.actors.merge import AttemptFailed, Failure, News, merge
 from ernie_cluster.actors.messages import EncodeTask, ReplicaInfo, Route
-from ernie_cluster.api.backend import ModelStatus
+from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.errors import Overloaded, ReplicaError, ReplicaLost
 from ernie_cluster.policy.snapshot import Demand
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 10.0
 """Longest wait for the router, which may be starting again, and for clean-up calls."""
+_STATUS_TIMEOUT_S = 1.0
+"""For the router's view of things, which it has at hand."""
 _ROUTER_PAUSE_S = 0.2
 """Before a router that is gone is looked for again."""
 _RECOVERY_S = 60.0
@@ -82,11 +84,19 @@ class ClusterBackend:
     async def status(self) -> list[ModelStatus]:
         """See `Backend`."""
         try:
-            status: list[ModelStatus] = await asyncio.wait_for(self._router.call("status"), 1.0)
+            status: list[ModelStatus] = await asyncio.wait_for(self._router.call("status"), _STATUS_TIMEOUT_S)
         except Exception as e:  # which may name addresses and paths, and everybody may ask
             log.warning("no status: %s", translate(e, "the router"))
             return [ModelStatus(m.name, False, "the router does not answer") for m in self._config.models]
         return status
+
+    async def loads(self) -> list[ReplicaLoad]:
+        """See `Backend`."""
+        try:
+            loads: list[ReplicaLoad] = await asyncio.wait_for(self._router.call("loads"), _STATUS_TIMEOUT_S)
+        except Exception as e:
+            raise translate(e, "the router") from None
+        return loads
 
     async def close(self) -> None:
         """See `Backend`."""

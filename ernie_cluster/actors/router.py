@@ -18,7 +18,7 @@ import ray
 from ernie_cluster.actors import background
 from ernie_cluster.actors.direct import Address, DirectServer
 from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route
-from ernie_cluster.api.backend import ModelStatus
+from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.routing import Path, choose_path
@@ -67,7 +67,7 @@ class Router:
         """Where it takes direct calls; a router that was started again has another one."""
         self._touch()
         if self._address is None:
-            calls = (self.acquire, self.opened, self.release, self.lost, self.status)
+            calls = (self.acquire, self.opened, self.release, self.lost, self.status, self.loads)
             server = DirectServer({call.__name__: call for call in calls})
             self._address = background.start(server.start(ray.util.get_node_ip_address()))
         return await self._address
@@ -146,6 +146,24 @@ class Router:
             detail = "waiting for a replica of: " + ", ".join(missing) if missing else ""
             out.append(ModelStatus(model.name, not missing, detail))
         return out
+
+    async def loads(self) -> list[ReplicaLoad]:
+        """What each replica that takes new work has to do."""
+        self._touch()
+        return [
+            ReplicaLoad(
+                model=s.model,
+                role=s.role,
+                replica=s.replica_id,
+                num_running=s.num_running,
+                num_waiting=s.num_waiting,
+                waiting_tokens=s.waiting_tokens,
+                free_blocks=s.free_blocks,
+                total_blocks=s.total_blocks,
+            )
+            for s in self._books.view(time.monotonic())
+            if s.is_usable
+        ]
 
     async def check(self) -> int:
         """Invariants of the books; how many promises are open."""

@@ -32,16 +32,21 @@ class Delta:
     index: int
     """Of the choice."""
     pieces: Pieces
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    """All that the model generated, end tokens too."""
     finish_reason: str | None = None
     """A `FinishReason` or `TOOL_CALLS`."""
     tokens: list[ShownToken] | None = None
     """Behind the content, with log-probabilities; None when nobody asked for them."""
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
     def add(self, later: Delta) -> None:
         """Append what came later, whose calls and tokens are taken over."""
         self.pieces.add(later.pieces)
-        self.num_tokens += later.num_tokens
+        self.token_ids += later.token_ids
         self.finish_reason = later.finish_reason
         if self.tokens is None:
             self.tokens = later.tokens
@@ -97,7 +102,7 @@ class ChoiceText:
         if self.parser.is_stopped or event.finish_reason is FinishReason.STOP:
             self.finish_reason = TOOL_CALLS if self.parser.has_calls else FinishReason.STOP
         tokens = self.shown.take(self.parser, len(pieces.content)) if self.shown is not None else None
-        return Delta(self.index, pieces, len(event.token_ids), self.finish_reason, tokens)
+        return Delta(self.index, pieces, list(event.token_ids), self.finish_reason, tokens)
 
     def _push(self, position: int, text: str) -> Pieces:
         was_reasoning = self.parser.is_reasoning

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from ernie_cluster.api.answer import TOOL_CALLS, Answer, Delta
-from ernie_cluster.api.anthropic_body import read_messages
+from ernie_cluster.api.anthropic_body import MessagesBody, read_messages
 from ernie_cluster.api.blocks import Block, Row, Step
 from ernie_cluster.api.dialect import Asked, Heading
 from ernie_cluster.api.openai import sse
@@ -25,6 +25,7 @@ class Messages:
     """`/v1/messages`."""
 
     id_prefix = ID_PREFIX
+    body_type = MessagesBody
 
     def read(self, raw: dict[str, Any]) -> Asked:
         body, origins = read_messages(raw)

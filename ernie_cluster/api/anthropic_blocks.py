@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ernie_cluster.api.schemas import MediaUrl
-from ernie_cluster.api.validate import Strict, list_tag, type_tag
+from ernie_cluster.api.validate import Strict, Unread, list_tag, type_tag
 
 
 class TextBlock(Strict):
@@ -16,6 +16,7 @@ class TextBlock(Strict):
 
     type: Literal["text"]
     text: str
+    citations: Unread = None
     fields: ClassVar[Mapping[str, str]] = {}
 
     @property
@@ -111,6 +112,7 @@ class ThinkingBlock(Strict):
 
     type: Literal["thinking"]
     thinking: str
+    signature: Unread = None
 
 
 class RedactedBlock(Strict):

@@ -67,7 +67,7 @@ class NamedToolChoice(Strict):
 
 
 class Thinking(Strict):
-    """Whether to think; these models keep no budget but `max_tokens`."""
+    """Whether to think, and how much at most."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -134,6 +134,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {"container": (None,), "mcp_servers": (N
 _FIELDS = {
     "stop": "stop_sequences",
     "enable_thinking": "thinking",
+    "max_thinking_tokens": "thinking.budget_tokens",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
     "response_format": "output_config.format",
     "response_format.json_schema": "output_config.format",
@@ -180,6 +181,7 @@ def _prompt_fields(body: PromptBody) -> dict[str, Any]:
         "tool_choice": choice.chat if choice else None,
         "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
         "enable_thinking": None if body.thinking is None else body.thinking.type != "disabled",
+        "max_thinking_tokens": None if body.thinking is None else body.thinking.budget_tokens,
         "response_format": wanted
         and {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted.definition}},
     }

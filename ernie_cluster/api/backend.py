@@ -22,6 +22,24 @@ class ModelStatus:
     """For example "waiting for a decode replica"; empty when ready."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """What one replica that takes new work has to do, with what is booked for it."""
+
+    model: str
+    role: str
+    replica: str
+    """The same after a restart."""
+    num_running: int
+    num_waiting: int
+    waiting_tokens: int
+    """Prompt tokens not yet computed; media tokens not yet encoded on a vision replica."""
+    free_blocks: int
+    """KV blocks that nothing holds or is promised; what a prefix cache could evict counts as free."""
+    total_blocks: int
+    """0 where there is no KV."""
+
+
 class Backend(Protocol):
     """Serves requests. One call of `generate` per request; all methods are safe to call concurrently on one loop."""
 
@@ -39,6 +57,14 @@ class Backend(Protocol):
 
     async def status(self) -> list[ModelStatus]:
         """State of every served model; answers within a second."""
+        ...
+
+    async def loads(self) -> list[ReplicaLoad]:
+        """Of every replica that takes new work, a few seconds old at most.
+
+        Raises:
+            ReplicaError: nobody can tell.
+        """
         ...
 
     async def close(self) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import BaseModel
+
 from ernie_cluster.api.answer import Answer, Delta
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.schemas import GenerationBody
@@ -68,6 +70,11 @@ class Dialect(Protocol):
     @property
     def id_prefix(self) -> str:
         """Of an answer's id."""
+        ...
+
+    @property
+    def body_type(self) -> type[BaseModel]:
+        """What a request's body is read as."""
         ...
 
     def read(self, raw: dict[str, Any]) -> Asked:

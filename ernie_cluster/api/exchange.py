@@ -31,6 +31,7 @@ from ernie_cluster.api.stream import write_stream, write_whole
 from ernie_cluster.api.tokens import Query
 from ernie_cluster.api.traffic import Meter
 from ernie_cluster.api.translate import renamed
+from ernie_cluster.api.unknown import refuse_unknown, wants_strict
 from ernie_cluster.api.wire import Wire, unless_disconnected
 from ernie_cluster.errors import Aborted, DeadlineExceeded, InvalidRequest
 from ernie_cluster.request import Span
@@ -109,6 +110,11 @@ class Generation(Exchange):
     def __init__(self, service: Service, dialect: Dialect) -> None:
         super().__init__(service)
         self._dialect = dialect
+        self._is_strict = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._is_strict = wants_strict(scope)
+        await super().__call__(scope, receive, send)
 
     async def _answer(self, raw: bytes, wire: Wire, meter: Meter, guest: Guest) -> None:
         service = self._service
@@ -136,7 +142,11 @@ class Generation(Exchange):
             meter.cached(answer.num_cached_tokens)
 
     def _read(self, raw: bytes) -> Asked:
-        return self._dialect.read(parse_object(raw, self._service.limits))
+        given = parse_object(raw, self._service.limits)
+        asked = self._dialect.read(given)
+        if self._is_strict:
+            refuse_unknown(self._dialect.body_type, given)
+        return asked
 
     async def _fetch(self, asked: Asked) -> Fetched:
         try:

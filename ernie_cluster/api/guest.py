@@ -8,7 +8,7 @@ from typing import cast
 
 from starlette.types import Scope
 
-from ernie_cluster.api.backend import Backend, ModelStatus
+from ernie_cluster.api.backend import Backend, ModelStatus, ReplicaLoad
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.ratelimit import Amounts, Budget
 from ernie_cluster.errors import Overloaded, ReplicaError
@@ -97,6 +97,9 @@ class PaidBackend:
 
     async def status(self) -> list[ModelStatus]:
         return await self._backend.status()
+
+    async def loads(self) -> list[ReplicaLoad]:
+        return await self._backend.loads()
 
     async def close(self) -> None:
         await self._backend.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from ernie_cluster.api.backend import Backend
 from ernie_cluster.api.dialect import Dialect
 from ernie_cluster.api.exchange import Generation, Lookup, log_error
 from ernie_cluster.api.fetcher import Fetcher
+from ernie_cluster.api.gauges import ReplicaGauges
 from ernie_cluster.api.guard import Door, Guard
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.middleware import Boundary, HeaderLimit
@@ -63,6 +65,7 @@ def create_app(
         fetcher: of media that are named by URL; None fetches nothing. Closed when the app shuts down.
     """
     service = Service(backend, processors, limits, metrics, fetcher)
+    gauges = ReplicaGauges(backend, metrics, time.monotonic)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -102,6 +105,7 @@ def create_app(
 
     @app.get("/metrics")
     async def render_metrics() -> Response:
+        await gauges.refresh()
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version")

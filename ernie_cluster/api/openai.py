@@ -21,7 +21,9 @@ class ChatForm:
     """`/v1/chat/completions`."""
 
     id_prefix = "chatcmpl-"
+    body_type = ChatBody
     whole_object = "chat.completion"
+    has_many_prompts = False
     chunk_object = "chat.completion.chunk"
 
     def read(self, raw: dict[str, Any]) -> Asked:
@@ -68,7 +70,9 @@ class CompletionForm:
     """`/v1/completions`."""
 
     id_prefix = "cmpl-"
+    body_type = CompletionBody
     whole_object = "text_completion"
+    has_many_prompts = True
     chunk_object = "text_completion"
 
     def read(self, raw: dict[str, Any]) -> Asked:
@@ -103,12 +107,17 @@ class OpenAiPresentation:
         """Choices that have had their first event."""
 
     def whole(self, answer: Answer, choices: Sequence[Delta]) -> dict[str, Any]:
-        return whole(self._form, self._heading, choices, self._usage(answer), self._timeline(answer))
+        body = whole(self._form, self._heading, choices, self._usage(answer), self._timeline(answer))
+        return self._with_ids(body, choices, is_first=True)
 
     def news(self, deltas: Sequence[Delta]) -> list[bytes]:
         """One event per choice that has something to show."""
-        shown = [d for d in deltas if d.pieces or d.finish_reason or d.index not in self._begun]
-        events = [sse(chunk(self._form, self._heading, d, is_first=d.index not in self._begun)) for d in shown]
+        events: list[bytes] = []
+        for delta in deltas:
+            is_first = delta.index not in self._begun
+            if is_first or delta.pieces or delta.finish_reason or self._job.has_token_ids:
+                body = chunk(self._form, self._heading, delta, is_first=is_first)
+                events.append(sse(self._with_ids(body, [delta], is_first=is_first)))
         self._begun.update(delta.index for delta in deltas)
         return events
 
@@ -122,10 +131,18 @@ class OpenAiPresentation:
     def failure(self, exc: Exception) -> list[bytes]:
         return [sse(error_body(exc))]
 
+    def _with_ids(self, body: dict[str, Any], deltas: Sequence[Delta], *, is_first: bool) -> dict[str, Any]:
+        """The same body with token ids where vLLM puts them, if they were asked for; `is_first` of its choices."""
+        if self._job.has_token_ids:
+            for choice, delta in zip(body["choices"], deltas, strict=True):
+                choice["token_ids"] = delta.token_ids
+                if is_first:
+                    place = choice if self._form.has_many_prompts else body
+                    place["prompt_token_ids"] = self._job.requests[delta.index].prompt_token_ids.tolist()
+        return body
+
     def _usage(self, answer: Answer) -> dict[str, Any]:
-        return usage_of(
-            self._job.num_prompt_tokens, answer.num_tokens, answer.num_cached_tokens, answer.num_reasoning_tokens
-        )
+        return usage_of(self._job, answer)
 
     def _timeline(self, answer: Answer) -> list[dict[str, Any]] | None:
         """The stages of the journey, if they were asked for."""
@@ -161,16 +178,18 @@ def trailer(
     return body | {name: value for name, value in extra.items() if value is not None}
 
 
-def usage_of(
-    num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int, num_reasoning_tokens: int
-) -> dict[str, Any]:
+def usage_of(job: Job, answer: Answer) -> dict[str, Any]:
     """Token counts."""
     return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_completion_tokens,
-        "total_tokens": num_prompt_tokens + num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": num_reasoning_tokens},
+        "prompt_tokens": job.num_prompt_tokens,
+        "completion_tokens": answer.num_tokens,
+        "total_tokens": job.num_prompt_tokens + answer.num_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": answer.num_cached_tokens,
+            "image_tokens": job.num_media_tokens("image"),
+            "video_tokens": job.num_media_tokens("video"),
+        },
+        "completion_tokens_details": {"reasoning_tokens": answer.num_reasoning_tokens},
     }
 
 

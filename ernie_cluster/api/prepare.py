@@ -14,7 +14,7 @@ from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.salt import salt_of, salted
 from ernie_cluster.api.schemas import ChatBody, CompletionBody, GenerationBody, prompts_of
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
-from ernie_cluster.request import GenerationRequest, SamplingParams
+from ernie_cluster.request import GenerationRequest, MediaKind, SamplingParams, ThinkingLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,18 @@ class Job:
     has_usage: bool
     """A stream tells its usage at the end; an answer in one piece always does."""
     has_timeline: bool
+    has_token_ids: bool = False
+    """The answer tells the ids of its tokens, and the prompt's."""
 
     @property
     def num_prompt_tokens(self) -> int:
         """Each prompt counts once, however many answers it gets."""
         return sum(r.num_prompt_tokens for r in self.requests[:: self.num_answers])
+
+    def num_media_tokens(self, kind: MediaKind) -> int:
+        """Those of the prompt tokens that stand for pictures or videos."""
+        media = (m for request in self.requests[:: self.num_answers] for m in request.media)
+        return sum(m.num_tokens for m in media if m.kind == kind)
 
 
 def prepare(
@@ -74,6 +81,7 @@ def prepare(
         replace(
             request,
             request_id=f"{response_id}-{p * num_answers + i}",
+            priority=body.priority or 0,
             sampling=replace(request.sampling, seed=(sampling.seed + i) % 2**64),
         )
         for p, prompt in enumerate(
@@ -82,9 +90,12 @@ def prepare(
         for i, request in enumerate([salted(_fit(prompt, body, processor, limits), salt)] * num_answers)
     ]
     markup = _markup(body, processor, requests[0])
-    grammar = grammar_of(body, limits.max_grammar_bytes, opens_reasoning=markup.reasoning == "open")
-    if grammar:
-        requests = [replace(r, sampling=replace(r.sampling, grammar=grammar)) for r in requests]
+    form: dict[str, Any] = {
+        "grammar": grammar_of(body, limits.max_grammar_bytes, opens_reasoning=markup.reasoning == "open"),
+        "thinking": _thinking_limit(body, processor, markup),
+    }
+    if any(form.values()):
+        requests = [replace(r, sampling=replace(r.sampling, **form)) for r in requests]
     return Job(
         response_id=response_id,
         requests=tuple(requests),
@@ -94,6 +105,7 @@ def prepare(
         is_stream=bool(body.stream),
         has_usage=body.stream_options is not None and body.stream_options.include_usage,
         has_timeline=bool(body.include_timeline),
+        has_token_ids=bool(body.return_token_ids),
     )
 
 
@@ -183,6 +195,13 @@ def _markup(body: GenerationBody, processor: Processor, request: GenerationReque
         has_tools=bool(body.offered_tools),
         is_one_call=body.parallel_tool_calls is False,
     )
+
+
+def _thinking_limit(body: GenerationBody, processor: Processor, markup: Markup) -> ThinkingLimit | None:
+    """None when nothing bounds the thought, or the prompt does not open one."""
+    if not isinstance(body, ChatBody) or body.max_thinking_tokens is None or markup.reasoning != "open":
+        return None
+    return processor.thinking_limit(body.max_thinking_tokens)
 
 
 def _fit(

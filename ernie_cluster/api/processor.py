@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ernie_cluster.request import GenerationRequest, SamplingParams
+from ernie_cluster.request import GenerationRequest, SamplingParams, ThinkingLimit
 
 
 class Detokenizer(Protocol):
@@ -88,6 +88,10 @@ class Processor(Protocol):
 
     def opens_reasoning(self, request: GenerationRequest) -> bool:
         """Whether the prompt ends where the model's reasoning begins, so that the answer goes on inside it."""
+        ...
+
+    def thinking_limit(self, max_tokens: int) -> ThinkingLimit:
+        """The limit that ends the reasoning as the model's template does."""
         ...
 
     def detokenizer(self) -> Detokenizer:

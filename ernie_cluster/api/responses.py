@@ -26,6 +26,7 @@ class Responses:
     """`/v1/responses`."""
 
     id_prefix = ID_PREFIX
+    body_type = ResponsesBody
 
     def read(self, raw: dict[str, Any]) -> Asked:
         body, chat, origins = read_responses(raw)

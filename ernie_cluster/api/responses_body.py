@@ -136,7 +136,6 @@ def read_responses(raw: Mapping[str, Any]) -> tuple[ResponsesBody, ChatBody, Map
 
 
 def _chat_fields(body: ResponsesBody) -> dict[str, Any]:
-    effort = body.reasoning.effort if body.reasoning else None
     choice = body.tool_choice
     return {
         "model": body.model,
@@ -145,7 +144,7 @@ def _chat_fields(body: ResponsesBody) -> dict[str, Any]:
         if isinstance(choice, FunctionChoice)
         else choice,
         "parallel_tool_calls": body.parallel_tool_calls,
-        "reasoning_effort": "high" if effort in ("xhigh", "max") else effort,
+        "reasoning_effort": body.reasoning.effort if body.reasoning else None,
         "response_format": body.text.format.chat if body.text and body.text.format else None,
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ernie_cluster.api.schemas import MediaUrl
-from ernie_cluster.api.validate import Strict, list_tag, type_tag
+from ernie_cluster.api.validate import Strict, Unread, list_tag, type_tag
 
 
 class TextPart(Strict):
@@ -16,6 +16,8 @@ class TextPart(Strict):
 
     type: Literal["input_text", "output_text"]
     text: str
+    annotations: Unread = None
+    logprobs: Unread = None
     fields: ClassVar[Mapping[str, str]] = {}
 
     @property
@@ -72,16 +74,25 @@ Content = Annotated[
 ]
 
 
-class InputMessage(Strict):
+class SentItem(Strict):
+    """What all items have in common, whoever made them."""
+
+    id: Unread = None
+    status: Unread = None
+
+
+class InputMessage(SentItem):
     """What a user or the application says."""
 
+    type: Unread = None
     role: Literal["user", "system", "developer"]
     content: Content
 
 
-class AssistantMessage(Strict):
+class AssistantMessage(SentItem):
     """What the model said."""
 
+    type: Unread = None
     role: Literal["assistant"]
     content: Annotated[
         Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<list>")],
@@ -96,23 +107,25 @@ class AssistantMessage(Strict):
 class ReasoningText(Strict):
     """A piece of a thought, or of its summary."""
 
+    type: Unread = None
     text: str
 
 
-class ReasoningItem(Strict):
+class ReasoningItem(SentItem):
     """What the model thought."""
 
     type: Literal["reasoning"]
     summary: list[ReasoningText] | None = None
     content: list[ReasoningText] | None = None
     """Counts before the summary."""
+    encrypted_content: Unread = None
 
     @property
     def text(self) -> str:
         return "".join(piece.text for piece in self.content or self.summary or ())
 
 
-class CallItem(Strict):
+class CallItem(SentItem):
     """A call that the model made."""
 
     type: Literal["function_call"]
@@ -121,7 +134,7 @@ class CallItem(Strict):
     arguments: str
 
 
-class ResultItem(Strict):
+class ResultItem(SentItem):
     """What a tool answered."""
 
     type: Literal["function_call_output"]

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, Tag
 
 from ernie_cluster.api.formats import Choices, Regex, ResponseFormat, StructuredOutputs, ToolChoice
-from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, shortened, type_tag, validated
+from ernie_cluster.api.unsupported import UNSUPPORTED
+from ernie_cluster.api.validate import Strict, Unread, list_tag, refuse_unsupported, shortened, type_tag, validated
 from ernie_cluster.errors import InvalidRequest
 
 MediaUrl = Annotated[str, Field(pattern=r"^(?i:data:|https?://|file://)")]
@@ -77,10 +78,14 @@ class GenerationBody(Strict):
     guided_regex: Regex | None = None
     guided_choice: Choices | None = None
     user: str | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    """vLLM's: lower numbers come first, see `GenerationRequest`; 0 by default."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """vLLM's: cached prompts and pictures are shared only between requests with the same one."""
     include_timeline: bool | None = None
     """Ours: attach the stages of the request's journey to the answer."""
+    return_token_ids: bool | None = None
+    """vLLM's: tell the token ids of prompt and answer."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -200,6 +205,7 @@ class Message(Strict):
     name: str | None = None
     reasoning_content: str | None = None
     """What the assistant thought in that turn; whether the model sees it again is up to its template."""
+    refusal: Unread = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     """Which call a tool's message answers."""
@@ -218,8 +224,15 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     enable_thinking: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """OpenAI's; these models know no degrees, only with and without."""
+    max_thinking_tokens: Annotated[
+        int | None,
+        Field(
+            ge=0, validation_alias=AliasChoices("max_thinking_tokens", "thinking_token_budget", "reasoning_max_tokens")
+        ),
+    ] = None
+    """A thought that is longer is ended; also in vLLM's and FastDeploy's spelling. Without a thought it does nothing."""
 
     @property
     def thinking(self) -> bool | None:
@@ -261,26 +274,13 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "modalities": (None, ["text"]),
-    "guided_grammar": (None,),
-    "suffix": (None, ""),
-}
-"""Fields of OpenAI's that are not supported, and the values with which they ask for nothing."""
-
-
 def parse_body(kind: type[B], raw: dict[str, Any]) -> B:
     """Check types and ranges.
 
     Raises:
         InvalidRequest: names the first field at fault.
     """
-    refuse_unsupported(raw, _HARMLESS)
+    refuse_unsupported(raw, UNSUPPORTED)
     body = validated(kind, raw)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only for stream: true", "stream_options")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ernie_cluster.api.anthropic_body import read_prompt
+from ernie_cluster.api.media import wanted_media
 from ernie_cluster.api.prepare import chat_prompt
 from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.schemas import ChatBody, Token, parse_body
@@ -61,7 +62,7 @@ def tokenize(raw: dict[str, Any], find: FindProcessor) -> dict[str, Any]:
     if body.prompt is not None:
         request = processor.completion(body.prompt, request_id="", sampling=_NOTHING, timeout_s=1.0)
     else:
-        chat = parse_body(ChatBody, raw)
+        chat = parse_body(ChatBody, {k: v for k, v in raw.items() if k != "add_generation_prompt"})
         request = _chat(chat, processor, add_generation_prompt=body.add_generation_prompt is not False)
     tokens = request.prompt_token_ids.tolist()
     texts = [processor.token_bytes(token).decode(errors="replace") for token in tokens]
@@ -95,6 +96,12 @@ def count_tokens(raw: dict[str, Any], find: FindProcessor) -> dict[str, Any]:
 
 
 def _chat(body: ChatBody, processor: Processor, *, add_generation_prompt: bool) -> GenerationRequest:
+    for wanted in wanted_media(body):
+        raise InvalidRequest(
+            f"{wanted.param}: nothing is fetched only to count tokens; send a data: URL, or ask for an answer of 1 token",
+            wanted.param,
+            "media_not_fetched",
+        )
     return chat_prompt(
         body,
         processor,

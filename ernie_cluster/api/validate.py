@@ -1,15 +1,15 @@
 """Checks the fields of a request's body, whichever API it is written for.
 
 Types are strict ("1" and true are no numbers, NaN is none either); unknown fields are ignored, as the APIs themselves
-do; fields that would change the answer and cannot be honoured are refused by name.
+do (but see `unknown.py`); fields that would change the answer and cannot be honoured are refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ernie_cluster.errors import InvalidRequest
 
@@ -20,6 +20,10 @@ class Strict(BaseModel):
     """Base of all bodies and their parts. A union's tag is written `<tag>`, so that error paths can leave it out."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+Unread = Annotated[Any, Field(exclude=True)]
+"""A field that our own answers bear and that makes no difference when it comes back."""
 
 
 def validated(kind: type[M], raw: Mapping[str, Any]) -> M:

@@ -18,7 +18,16 @@ from typing import Any
 import httpx
 
 from ernie_cluster.cli.local import server_or_pocket
-from ernie_cluster.cli.remote import DEFAULT_URL, base_url_of, explain, first_model_of, printable, refusal
+from ernie_cluster.cli.remote import (
+    DEFAULT_URL,
+    add_key_argument,
+    base_url_of,
+    explain,
+    first_model_of,
+    key_headers,
+    printable,
+    refusal,
+)
 from ernie_cluster.errors import ErnieClusterError, InvalidRequest
 
 HELP = "Type a message. /image PATH or /video PATH puts one into the next message, /new starts over, /quit leaves."
@@ -26,9 +35,17 @@ _EXAMPLES = """\
 examples:
   ernie-cluster chat                                    the server on port 8000, or else the packaged model
   ernie-cluster chat --image photo.png "What is this?" --once
-  ernie-cluster chat --video film.gif --url http://server:8000/v1 --model ernie-4.5-vl-28b-a3b
+  ernie-cluster chat --video film.mp4 --url http://server:8000/v1 --model ernie-4.5-vl-28b-a3b
 """
-_ANIMATIONS = {".gif": "image/gif", ".webp": "image/webp", ".png": "image/png", ".apng": "image/apng"}
+_VIDEOS = {
+    ".mp4": "video/mp4",
+    ".m4v": "video/mp4",
+    ".webm": "video/webm",
+    ".gif": "image/gif",
+    ".webp": "image/webp",
+    ".png": "image/png",
+    ".apng": "image/apng",
+}
 TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 
 
@@ -41,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"server (default: {DEFAULT_URL}; when nothing listens there, the packaged model is served for this chat)",
     )
     parser.add_argument("--model", help="served model name (default: the first that the server lists)")
+    add_key_argument(parser)
     parser.add_argument("--image", dest="images", action="append", default=[], metavar="PATH", help="may be repeated")
     parser.add_argument(
         "--video",
@@ -48,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH",
-        help="animated GIF, WebP or PNG, or a folder of JPEG frames in order of their names; may be repeated",
+        help="MP4, WebM, animated GIF, WebP or PNG, or a folder of JPEG frames in order of their names; may be repeated",
     )
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max-tokens", type=int, default=1024, help="per answer (default: %(default)s)")
@@ -69,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
             args.thinking,
             args.once,
             videos=args.videos,
+            api_key=args.api_key,
         )
 
 
@@ -83,15 +102,20 @@ def run(
     once: bool = False,
     *,
     videos: Sequence[str] = (),
+    api_key: str | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> int:
     """Chat until the user has enough.
 
     Returns:
         Exit code: 0, or 1 when the server cannot be reached, a picture or video cannot be read, or (`once`) there is no answer.
+
+    Raises:
+        ErnieClusterError: see `key_headers`.
     """
     base_url = base_url_of(url)
-    with httpx.Client(base_url=base_url, timeout=TIMEOUT, transport=transport) as client:
+    headers = key_headers(api_key)
+    with httpx.Client(base_url=base_url, headers=headers, timeout=TIMEOUT, transport=transport) as client:
         try:
             chat = Chat(client, model or first_model_of(client.get("/v1/models")), system, max_tokens, thinking)
             for path in images:
@@ -173,10 +197,10 @@ class Chat:
         self.pictures.append({"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
 
     def attach_video(self, path: str) -> None:
-        """Put an animated file, or a folder of JPEG frames, into the next message.
+        """Put a video file, or a folder of JPEG frames, into the next message.
 
         Raises:
-            InvalidRequest: not the name of an animation, or a folder without frames; OSError: a file cannot be read.
+            InvalidRequest: not the name of a video, or a folder without frames; OSError: a file cannot be read.
         """
         source = Path(path).expanduser()
         if source.is_dir():
@@ -184,10 +208,12 @@ class Chat:
             if not frames:
                 raise InvalidRequest(f"{path!r} holds no .jpg files; put the frames of a video there")
             kind, data = "video/jpeg", ",".join(map(_base64, frames))
-        elif kind := _ANIMATIONS.get(source.suffix.lower(), ""):
+        elif kind := _VIDEOS.get(source.suffix.lower(), ""):
             data = _base64(source)
         else:
-            raise InvalidRequest(f"{path!r} is no .gif, .webp, .png or folder of .jpg frames; turn the video into one")
+            raise InvalidRequest(
+                f"{path!r} is no {', '.join(_VIDEOS)} or folder of .jpg frames; turn the video into one"
+            )
         self.pictures.append({"type": "video_url", "video_url": {"url": f"data:{kind};base64,{data}"}})
 
     def say(self, text: str) -> Iterator[str]:

@@ -17,7 +17,15 @@ import httpx
 from ernie_cluster import __version__
 from ernie_cluster.cli.eval_report import Key, Report, Result, compare, difference_lines, score, score_lines
 from ernie_cluster.cli.eval_run import SEED_STEP, Examiner, plan, save_failures
-from ernie_cluster.cli.remote import DEFAULT_URL, base_url_of, explain, first_model_of, printable
+from ernie_cluster.cli.remote import (
+    DEFAULT_URL,
+    add_key_argument,
+    base_url_of,
+    explain,
+    first_model_of,
+    key_headers,
+    printable,
+)
 from ernie_cluster.errors import ConfigError, ErnieClusterError
 from ernie_cluster.skills.catalog import CHINESE_SKILLS, SKILLS
 
@@ -48,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("--url", default=DEFAULT_URL, help="server (default: %(default)s)")
     parser.add_argument("--model", help="served model name (default: the first that the server lists)")
-    parser.add_argument("--api-key", metavar="KEY", help="sent as a bearer token")
+    add_key_argument(parser)
     parser.add_argument("--skills", metavar="A,B,...", default=",".join(SKILLS), help="what to ask (default: all)")
     parser.add_argument(
         "--samples", metavar="N", type=_count, default=100, help="questions per skill and language (default 100)"
@@ -132,7 +140,7 @@ async def _ask(
     """Fill `results`; returns the model's name."""
     client = httpx.AsyncClient(
         base_url=base_url,
-        headers={"authorization": f"Bearer {args.api_key}"} if args.api_key else {},
+        headers=key_headers(args.api_key),
         timeout=httpx.Timeout(args.timeout, connect=min(CONNECT_TIMEOUT_S, args.timeout)),
         limits=httpx.Limits(max_connections=args.concurrency),
         transport=transport,

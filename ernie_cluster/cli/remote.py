@@ -1,12 +1,35 @@
-"""What every client of ours knows of an OpenAI-compatible server: its address, its models, and its ways to refuse."""
+"""What every client of ours knows of an OpenAI-compatible server: its address, key, models, and its ways to refuse."""
 
 from __future__ import annotations
+
+import argparse
+import os
 
 import httpx
 
 from ernie_cluster.errors import ErnieClusterError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "ERNIE_API_KEY"
+
+
+def add_key_argument(parser: argparse.ArgumentParser) -> None:
+    """The option whose value `key_headers` takes."""
+    parser.add_argument(
+        "--api-key", metavar="KEY", help=f"sent as a bearer token (default: the environment's {KEY_VARIABLE})"
+    )
+
+
+def key_headers(api_key: str | None) -> dict[str, str]:
+    """What shows a key to a server: the given one, else the environment's.
+
+    Raises:
+        ErnieClusterError: it cannot stand in a header.
+    """
+    key = api_key or os.environ.get(KEY_VARIABLE, "")
+    if not (key.isascii() and key.isprintable()):
+        raise ErnieClusterError(f"the API key is not plain ASCII; check --api-key and {KEY_VARIABLE}")
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def base_url_of(url: str) -> str:

@@ -200,6 +200,7 @@ class Engine:
                 output=s.tokens[s.num_prompt :] if s.request.sampling.has_penalties else (),
                 end_tokens=(*s.request.sampling.stop_token_ids, *s.request.eos_token_ids),
                 allowed=None if s.constraint is None else s.constraint.allowed,
+                forced=s.forced_token,
             )
             for s in (*schedule.decodes, *done)
         ]

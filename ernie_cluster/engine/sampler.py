@@ -53,6 +53,8 @@ class SamplerRow:
     """Tokens that would end the answer."""
     allowed: Callable[[], NDArray[np.bool_] | None] | None = None
     """Called once the logits are there: the tokens that may be chosen, bool [V], or None for all."""
+    forced: int | None = None
+    """The token to choose whatever the model thinks, if it may be chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def sample(logits_RV: Tensor, rows: Seq[SamplerRow]) -> list[int]:
 
 
 def _shape_logits(logits_V: Tensor, row: SamplerRow) -> None:
-    """Penalties, biases, the ban on ending early and the tokens that a grammar leaves, in place."""
+    """Penalties, biases, the ban on ending early, the tokens that a grammar leaves and the forced one, in place."""
     p = row.params
     if p.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*row.prompt, *row.output}), device=logits_V.device)
@@ -118,6 +120,10 @@ def _shape_logits(logits_V: Tensor, row: SamplerRow) -> None:
         logits_V[ids] += torch.tensor([b for _, b in p.logit_bias], device=logits_V.device)
     ends = list(row.end_tokens) if row.position < p.min_tokens else []
     allowed = None if row.allowed is None else row.allowed()
+    if row.forced is not None and (allowed is None or allowed[row.forced]):
+        logits_V.fill_(-torch.inf)
+        logits_V[row.forced] = 0.0
+        return
     if allowed is not None:
         logits_V.masked_fill_(torch.from_numpy(~allowed).to(logits_V.device), -torch.inf)
         if ends and not np.delete(allowed, ends).any():

@@ -1,8 +1,8 @@
 """Who runs in the next step, and how many tokens of each.
 
 One budget of tokens for all: decoding sequences take one each, the rest goes to chunks of prompts, so a long prompt
-never stops the others. When blocks run out, the youngest running sequence gives its own back and is computed again
-later. Knows no tensor, no clock and no thread.
+never stops the others. When blocks run out, the least urgent running sequence, of these the youngest, gives its own back
+and is computed again later. Knows no tensor, no clock and no thread.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Scheduler:
         out = Schedule()
         budget = self.max_batch_tokens
         taken: set[int] = set()
-        # decoding first, oldest first: nobody who streams waits for a prompt
-        for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
+        # decoding first, most urgent and then oldest first: nobody who streams waits for a prompt
+        for sequence in sorted(self.running, key=lambda s: (not s.is_decoding, s.request.priority)):
             if sequence.status is not Status.RUNNING or budget <= 0:
-                continue  # preempted for an older one, or the step is full
+                continue  # preempted for another one, or the step is full
             if len(taken) >= self.max_num_seqs:
                 break
             count = min(sequence.num_ready, budget)
@@ -81,11 +81,11 @@ class Scheduler:
         return out
 
     def _admit(self, out: Schedule, budget: int, taken: set[int]) -> None:
-        """Start waiting sequences in order of arrival; one that waits for a picture does not hold up the next."""
+        """Start waiting sequences by priority, then arrival; one that waits for a picture does not hold up the next."""
         if out.preempted:
             return
         is_short = False
-        for sequence in list(self.waiting):
+        for sequence in sorted(self.waiting, key=lambda s: s.request.priority):
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 return
             # who has no blocks waits for them in turn; who has them goes on, else nobody would ever free any
@@ -126,10 +126,11 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence, count: int, out: Schedule, taken: set[int]) -> bool:
-        """Blocks for `count` more tokens of a running sequence; preempts younger ones, at last itself."""
+        """Blocks for `count` more tokens of a running sequence; preempts less urgent and younger ones, at last itself."""
         needed = self.pool.num_blocks_for(sequence.num_computed + count) - len(sequence.blocks)
         while needed > self.pool.num_free:
-            victim = next((s for s in reversed(self.running) if self._is_victim(s) and id(s) not in taken), None)
+            victims = (s for s in reversed(self.running) if self._is_victim(s) and id(s) not in taken)
+            victim = max(victims, key=lambda s: s.request.priority, default=None)
             if victim is None:
                 return False
             self.preempt(victim)
@@ -146,7 +147,7 @@ class Scheduler:
         return sequence.status is Status.RUNNING and not sequence.is_prefill_only
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take the blocks back; the sequence waits at the front and is computed again from its tokens."""
+        """Take the blocks back; the sequence waits in front of its equals and is computed again from its tokens."""
         self.pool.free(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = sequence.num_published = 0

@@ -109,6 +109,12 @@ class Sequence:
         """Whether all pictures are here, or on their way, to compute the whole prompt again without a cache."""
         return all(i in self.embeds or i in self.awaited_media for i in range(len(self.request.media)))
 
+    @property
+    def forced_token(self) -> int | None:
+        """The next output token, where it is not the model's to choose."""
+        limit = self.request.sampling.thinking
+        return None if limit is None else limit.next_token(self.tokens, self.num_prompt)
+
     def append(self, token: int) -> FinishReason | None:
         """Add an output token; the reason when it was the last one."""
         self.tokens.append(token)

@@ -20,7 +20,7 @@ from ernie_cluster.inputs.messages import MapMedia, Message, PromptLimits, Setti
 from ernie_cluster.inputs.positions import mrope_positions
 from ernie_cluster.inputs.template import ChatTemplate, Segment
 from ernie_cluster.inputs.tokenizer import IncrementalDecoder, Tokenizer, end_token_ids
-from ernie_cluster.request import GenerationRequest, MediaInput, SamplingParams
+from ernie_cluster.request import GenerationRequest, MediaInput, SamplingParams, ThinkingLimit
 
 _TAIL_TOKENS = 16
 """Enough for `<think>` letter by letter, and some white space behind it."""
@@ -110,6 +110,11 @@ class ChatProcessor:
         """
         tail = self.tokenizer.decode(request.prompt_token_ids[-_TAIL_TOKENS:].tolist(), skip_special=False)
         return tail.rstrip().endswith("<think>")
+
+    def thinking_limit(self, max_tokens: int) -> ThinkingLimit:
+        """The limit that ends the reasoning after so many tokens, with the line breaks of the family's templates."""
+        breaks, mark, more = (tuple(self.tokenizer.encode(t, allow_special=True)) for t in ("\n", "</think>", "\n\n"))
+        return ThinkingLimit(max_tokens, mark, breaks + mark + more)
 
     def chat(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -63,7 +64,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("ernie_generation_tokens_total", "counter", "Output tokens.", ("model",)),
     # replicas
     Metric(
-        "ernie_kv_blocks", "gauge", "KV blocks by state: used, leased, cached, free.", ("model", "replica", "state")
+        "ernie_kv_blocks",
+        "gauge",
+        "KV blocks by state: used, leases with them, or free, cached with them.",
+        ("model", "replica", "state"),
     ),
     Metric("ernie_running_requests", "gauge", "Sequences that take part in steps.", ("model", "replica", "role")),
     Metric("ernie_waiting_requests", "gauge", "Requests that wait for a place.", ("model", "replica", "role")),
@@ -94,6 +98,10 @@ class Metrics(Protocol):
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
+        ...
+
+    def replace(self, name: str, values: Mapping[tuple[str, ...], float]) -> None:
+        """Set a gauge for these values of its labels, in the table's order, and forget it for all others."""
         ...
 
     def observe(self, name: str, value: float, **labels: str) -> None:
@@ -133,6 +141,13 @@ class PrometheusMetrics:
         gauge = self._gauges[name]
         (gauge.labels(**labels) if labels else gauge).set(value)
 
+    def replace(self, name: str, values: Mapping[tuple[str, ...], float]) -> None:
+        _check_all(name, values)
+        gauge = self._gauges[name]
+        gauge.clear()
+        for labels, value in values.items():
+            gauge.labels(*labels).set(value)
+
     def observe(self, name: str, value: float, **labels: str) -> None:
         _check(name, "histogram", labels)
         histogram = self._histograms[name]
@@ -160,6 +175,13 @@ class InMemoryMetrics:
         key = _check(name, "gauge", labels)
         with self._lock:
             self._values[key] = value
+
+    def replace(self, name: str, values: Mapping[tuple[str, ...], float]) -> None:
+        keys = _check_all(name, values)
+        with self._lock:
+            for key in [key for key in self._values if key[0] == name]:
+                del self._values[key]
+            self._values |= dict(zip(keys, values.values(), strict=True))
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         key = _check(name, "histogram", labels)
@@ -191,6 +213,13 @@ def _check(name: str, kind: Kind | None, labels: dict[str, str]) -> tuple[str, t
     assert kind is None or metric.kind == kind, f"{name} is a {metric.kind}, not a {kind}"
     assert labels.keys() == set(metric.labels), f"{name} has labels {metric.labels}, got {tuple(labels)}"
     return name, tuple((label, labels[label]) for label in metric.labels)
+
+
+def _check_all(name: str, values: Iterable[tuple[str, ...]]) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
+    """As `_check`, of a gauge with labels; `values` are those of its labels."""
+    labels = _BY_NAME[name].labels
+    assert labels, f"{name} has no labels; use set"
+    return [_check(name, "gauge", dict(zip(labels, some, strict=True))) for some in values]
 
 
 def _row(name: str, labels: tuple[tuple[str, str], ...]) -> str:

@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 import uvicorn
 
-from ernie_cluster.api.backend import ModelStatus
+from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.observe.metrics import PrometheusMetrics
@@ -117,6 +117,9 @@ class IdleBackend:
         for i in range(last + 1):
             await asyncio.sleep(0)
             yield [TokenEvent(request.request_id, i, (120,), FinishReason.LENGTH if i == last else None)]
+
+    async def loads(self) -> list[ReplicaLoad]:
+        return []
 
     async def status(self) -> list[ModelStatus]:
         return [ModelStatus("bench", True, "")]

@@ -124,3 +124,5 @@ def test_operators_pages(app: Application) -> None:
     metrics = app.get("/metrics").text
     assert 'ernie_request_total{model="tiny",outcome="success"}' in metrics
     assert "ernie_time_to_first_token_seconds_bucket" in metrics
+    assert 'ernie_ready_replicas{model="tiny",role="decode"}' in metrics
+    assert 'ernie_kv_blocks{model="mixed",replica="mixed/mixed/' in metrics

@@ -73,7 +73,13 @@ class Connection:
     """One POST over bare ASGI: its answer can be read piece by piece, and the client can leave."""
 
     def __init__(
-        self, app: FastAPI, body: bytes, *, is_complete: bool = True, headers: Sequence[tuple[bytes, bytes]] = ()
+        self,
+        app: FastAPI,
+        body: bytes,
+        *,
+        is_complete: bool = True,
+        headers: Sequence[tuple[bytes, bytes]] = (),
+        url: str = CHAT_URL,
     ) -> None:
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._inbox.put_nowait({"type": "http.request", "body": body, "more_body": not is_complete})
@@ -83,8 +89,8 @@ class Connection:
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
             "method": "POST",
-            "path": CHAT_URL,
-            "raw_path": CHAT_URL.encode(),
+            "path": url,
+            "raw_path": url.encode(),
             "root_path": "",
             "scheme": "http",
             "query_string": b"",

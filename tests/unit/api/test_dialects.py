@@ -147,7 +147,8 @@ def messages_request(system: str | None, turns: Any, last: Any, tools: Any, thin
 def meaning(body: GenerationBody) -> Any:
     """All that a chat request determines, however it is spelled."""
     thinking, (_, max_tokens) = body.thinking, body.asked_max_tokens  # type: ignore[attr-defined]
-    spelled = {"max_tokens", "max_completion_tokens", "reasoning_effort", "enable_thinking"}
+    # only Anthropic's way of asking for thoughts says how long they may be
+    spelled = {"max_tokens", "max_completion_tokens", "reasoning_effort", "enable_thinking", "max_thinking_tokens"}
     return thinking, max_tokens, body.model_dump(exclude_none=True, exclude=spelled)
 
 

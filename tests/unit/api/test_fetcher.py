@@ -305,6 +305,19 @@ async def test_a_chat_gets_what_it_names() -> None:
         assert [p[p["type"]].get("content") for p in message["content"]] == [b"a", b"b", None]
 
 
+async def test_a_source_of_anthropics_is_fetched_alike() -> None:
+    async with web(a=whole(b"a")) as served, fetching(served) as fetcher:
+        server = Server(fetcher=fetcher)
+        for url, status in ((served.url("/a"), 200), ("http://evil.org/a", 400)):
+            content = [{"type": "image", "source": {"type": "url", "url": url}}]
+            body = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": content}]}
+            response = await server.post("/v1/messages", body)
+            assert response.status_code == status
+        (message,) = server.processor.calls[0]["messages"]
+        assert message["content"][0]["image_url"]["content"] == b"a"
+        assert "messages[0].content[0].source.url" in response.json()["error"]["message"]
+
+
 async def test_a_chat_that_names_what_cannot_be_had_is_told_which() -> None:
     async with web(a=whole(b"a")) as served, fetching(served) as fetcher:
         content = [part("image", served.url("/a")), part("video", "http://evil.org/")]

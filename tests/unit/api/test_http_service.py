@@ -56,7 +56,7 @@ async def test_chat_whole() -> None:
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
-        "prompt_tokens_details": {"cached_tokens": 3},
+        "prompt_tokens_details": {"cached_tokens": 3, "image_tokens": 0, "video_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert "timeline" not in body

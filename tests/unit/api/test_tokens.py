@@ -82,3 +82,22 @@ async def test_they_are_no_part_of_a_models_traffic() -> None:
     text = text if isinstance(text, str) else text.decode()
     assert 'model="tiny"' not in text
     assert 'model="unknown"' in text
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("url", "part", "param"),
+    [
+        ("/tokenize", {"type": "image_url", "image_url": {"url": "https://a.test/b.png"}}, "messages[0].content[0].image_url.url"),
+        ("/tokenize", {"type": "video_url", "video_url": {"url": "file:///b.mp4"}}, "messages[0].content[0].video_url.url"),
+        (
+            "/v1/messages/count_tokens",
+            {"type": "image", "source": {"type": "url", "url": "https://a.test/b.png"}},
+            "messages[0].content[0].source.url",
+        ),
+    ],
+)  # fmt: skip
+async def test_nothing_is_fetched_to_count_tokens(url: str, part: dict[str, Any], param: str) -> None:
+    response = await Server().post(url, {"model": "tiny", "messages": [{"role": "user", "content": [part]}]})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(f"{param}: nothing is fetched only to count tokens")

@@ -28,7 +28,7 @@ def test_times_and_tokens_of_one_request() -> None:
         meter.prepared(12)
         for seconds, num_tokens in ((0.5, 1), (0.2, 4), (0.1, 0), (0.1, 1)):
             clock.now_s += seconds
-            meter.tokens([Delta(0, Pieces("x"), num_tokens)])
+            meter.tokens([Delta(0, Pieces("x"), [7] * num_tokens)])
         assert metrics.value("ernie_requests_in_flight", model="tiny") == 1
     assert metrics.observations("ernie_time_to_first_token_seconds", model="tiny") == pytest.approx([0.5])
     assert metrics.observations("ernie_inter_token_latency_seconds", model="tiny") == pytest.approx([0.05, 0.2])

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from ernie_cluster.cli import chat
+from ernie_cluster.errors import ErnieClusterError
 
 Handler = Callable[[dict[str, Any]], httpx.Response]
 
@@ -32,9 +33,11 @@ class Fake:
 
     def __init__(self, answer: Handler) -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
         self._answer = answer
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.keys.add(request.headers.get("authorization"))
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "tiny"}]})
         assert request.url.path == "/v1/chat/completions"
@@ -113,12 +116,48 @@ def test_videos(typed: Callable[[str], None], tmp_path: Path) -> None:
     assert urls == [f"data:image/gif;base64,{encoded[0]}", f"data:video/jpeg;base64,{encoded[1]},{encoded[2]}"]
 
 
-@pytest.mark.parametrize("name", ["missing.gif", "film.mp4", "empty"])
+@pytest.mark.parametrize(("name", "kind"), [("a.MP4", "video/mp4"), ("b.m4v", "video/mp4"), ("c.webm", "video/webm")])
+def test_video_files(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"container")
+    server = Fake(hello)
+    assert server.run(videos=[str(tmp_path / name)], prompt="x", once=True) == 0
+    url = f"data:{kind};base64,{base64.b64encode(b'container').decode()}"
+    assert server.bodies[0]["messages"][-1]["content"][0] == {"type": "video_url", "video_url": {"url": url}}
+
+
+@pytest.mark.parametrize("name", ["missing.gif", "film.avi", "empty"])
 def test_an_unusable_video(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "film.mp4").write_bytes(b"container")
+    (tmp_path / "film.avi").write_bytes(b"container")
     (tmp_path / "empty").mkdir()
     assert Fake(hello).run(videos=[str(tmp_path / name)], prompt="x", once=True) == 1
     assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "shown"),
+    [
+        (None, None, None),
+        ("k1", None, "Bearer k1"),
+        (None, "k2", "Bearer k2"),
+        ("k1", "k2", "Bearer k1"),
+        ("", "", None),
+    ],
+)
+def test_a_key_goes_with_every_request(
+    given: str | None, environment: str | None, shown: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ERNIE_API_KEY", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("ERNIE_API_KEY", environment)
+    server = Fake(hello)
+    assert server.run(prompt="x", once=True, api_key=given) == 0
+    assert server.keys == {shown}
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two\nlines"])
+def test_a_key_that_no_header_can_hold(key: str) -> None:
+    with pytest.raises(ErnieClusterError, match="--api-key"):
+        Fake(hello).run(prompt="x", once=True, api_key=key)
 
 
 def test_the_end_of_input_ends_the_chat(typed: Callable[[str], None]) -> None:
@@ -170,9 +209,22 @@ def test_options_are_those_of_run(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     chat.add_arguments(parser)
     args = parser.parse_args(
-        ["hi", "--image", "a.png", "--image", "b.png", "--video", "c", "--no-thinking", "--url", "http://127.0.0.1:9"]
+        [
+            "hi",
+            "--image",
+            "a.png",
+            "--image",
+            "b.png",
+            "--video",
+            "c",
+            "--no-thinking",
+            "--url",
+            "http://127.0.0.1:9",
+            "--api-key",
+            "k",
+        ]
     )
-    assert args.videos == ["c"]
+    assert (args.videos, args.api_key) == (["c"], "k")
     assert (args.prompt, args.images, args.thinking, args.model) == ("hi", ["a.png", "b.png"], False, None)
     assert chat.main(args) == 1  # nobody listens on that port
     assert "cannot be reached" in capsys.readouterr().err

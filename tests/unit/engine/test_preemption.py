@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import pytest
 
@@ -16,8 +18,10 @@ from tests.tiny import Outcomes, make_request
 from tests.unit.engine.toy import Elsewhere, ManualChannel, answer, give_pictures, picture, steps_until_idle, toy_worker
 
 
-def open_mixed(worker: Worker, prompt: list[int | MediaInput], request_id: str, max_tokens: int) -> GenerationRequest:
-    request = make_request(prompt, request_id, max_tokens=max_tokens)
+def open_mixed(
+    worker: Worker, prompt: list[int | MediaInput], request_id: str, max_tokens: int, priority: int = 0
+) -> GenerationRequest:
+    request = replace(make_request(prompt, request_id, max_tokens=max_tokens), priority=priority)
     worker.open_prefill(request, 0, None)
     return request
 
@@ -186,3 +190,38 @@ def test_an_aborted_hand_over_is_no_work() -> None:
     assert worker.pool.num_used > 0
     decode.commits["a"]({})
     assert worker.pool.num_used == 0
+
+
+# ---- who is urgent
+
+
+def finishing_order(worker: Worker, outcomes: Outcomes, requests: Seq[GenerationRequest]) -> list[str]:
+    steps_until_idle(worker, 400)
+    held_to(outcomes, list(requests))
+    return list(outcomes.reasons)
+
+
+@pytest.mark.parametrize("priorities", [(0, 0, 0, 0), (3, 2, 1, 0), (0, 5, -5, 0), (1, 0, 1, 0)])
+def test_those_who_wait_start_by_priority_and_then_by_arrival(priorities: tuple[int, ...]) -> None:
+    worker, outcomes = toy_worker(40, 4, max_num_seqs=1)
+    requests = [open_mixed(worker, [i, 5, 6], f"r{i}", 3, priority) for i, priority in enumerate(priorities)]
+    wanted = sorted(requests, key=lambda r: r.priority)
+    assert finishing_order(worker, outcomes, requests) == [r.request_id for r in wanted]
+
+
+@pytest.mark.parametrize("urgent", range(4))
+def test_the_most_urgent_keeps_its_blocks_whenever_it_came(urgent: int) -> None:
+    worker, outcomes = toy_worker(7, 4, reserve_output_tokens=0)
+    requests = [open_mixed(worker, [i, 5, 6], f"r{i}", 14, -(i == urgent)) for i in range(4)]
+    sequences = list(worker.engine.sequences.values())
+    assert finishing_order(worker, outcomes, requests)[0] == f"r{urgent}"
+    assert worker.engine.counters.preemptions > 0
+    assert sequences[urgent].num_preemptions == 0
+
+
+def test_an_urgent_newcomer_ends_nobody_who_runs() -> None:
+    worker, outcomes = toy_worker(40, 4, max_num_seqs=1)
+    running = open_mixed(worker, [1, 2, 3], "running", 5)
+    worker.engine.step()
+    urgent = open_mixed(worker, [4, 5, 6], "urgent", 5, -100)
+    assert finishing_order(worker, outcomes, [running, urgent]) == ["running", "urgent"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,6 +23,7 @@ def watch(worker: Worker) -> list[Schedule]:
     decide = scheduler.schedule
 
     def checked() -> Schedule:
+        before = set(scheduler.running)
         schedule = decide()
         sequences = [*schedule.decodes, *(s for s, _ in schedule.chunks)]
         assert schedule.num_tokens <= scheduler.max_batch_tokens
@@ -36,6 +39,12 @@ def watch(worker: Worker) -> list[Schedule]:
         for sequence, count in (*((s, 1) for s in schedule.decodes), *schedule.chunks):
             assert len(sequence.blocks) * scheduler.pool.block_size >= sequence.num_computed + count
         assert not any(s.is_prefill_only or s in sequences or s.blocks for s in schedule.preempted)
+        for sequence in schedule.preempted:
+            kept = [s for s in scheduler.running if not s.is_prefill_only]
+            assert all(s.request.priority <= sequence.request.priority for s in kept), "a more urgent one gave way"
+        for sequence in set(scheduler.running) - before:
+            could_start = [s for s in scheduler.waiting if s.blocks and s.num_ready]
+            assert all(s.request.priority >= sequence.request.priority for s in could_start), "one was overtaken"
         seen.append(schedule)
         return schedule
 
@@ -79,12 +88,13 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 10),
         images=st.lists(st.integers(1, 3), max_size=2),
         is_prefill_only=st.booleans(),
+        priority=st.integers(-1, 1),
     )
-    def open(self, prompt: str, max_tokens: int, images: list[int], is_prefill_only: bool) -> None:
+    def open(self, prompt: str, max_tokens: int, images: list[int], is_prefill_only: bool, priority: int) -> None:
         items: list[int | MediaInput] = [ord(letter) for letter in prompt]
         for seed in images:
             items.insert(seed, picture(seed, (1, 2, 2 * seed)))
-        request = make_request(items, f"r{len(self.requests)}", max_tokens=max_tokens)
+        request = replace(make_request(items, f"r{len(self.requests)}", max_tokens=max_tokens), priority=priority)
         try:
             self.worker.open_prefill(request, 0, self.channel if is_prefill_only else None)
         except Overloaded:

@@ -364,3 +364,11 @@ def test_picture_errors_carry_no_decoder_text(processor: ChatProcessor) -> None:
         chat(processor, [picture(url)])
     assert "0x" not in caught.value.message
     assert caught.value.code == "invalid_image"
+
+
+def test_a_thinking_limit_ends_as_the_template_does(processor: ChatProcessor) -> None:
+    limit = processor.thinking_limit(12)
+    assert limit.max_tokens == 12
+    assert limit.mark == (processor.tokenizer.token_id("</think>"),)
+    assert processor.tokenizer.decode(limit.ending) == "\n</think>\n\n"
+    assert set(limit.mark) <= set(limit.ending)

@@ -85,3 +85,31 @@ def test_the_twin_remembers_by_label(events: list[tuple[str, int]]) -> None:
 def test_a_counter_of_the_twin_cannot_fall() -> None:
     with pytest.raises(AssertionError, match="a counter cannot fall"):
         InMemoryMetrics().inc("ernie_prompt_tokens_total", -1, model="m")
+
+
+def test_replacing_forgets_what_is_gone_and_nothing_else(metrics: Metrics) -> None:
+    metrics.set("ernie_requests_in_flight", 7, model="m")
+    metrics.replace("ernie_ready_replicas", {("m", "prefill"): 2, ("m", "decode"): 1})
+    metrics.replace("ernie_ready_replicas", {("m", "decode"): 3})
+    lines = [line for line in metrics.render().decode().splitlines() if "replicas{" in line or "flight{" in line]
+    assert sorted(lines) == [
+        'ernie_ready_replicas{model="m",role="decode"} 3.0',
+        'ernie_requests_in_flight{model="m"} 7.0',
+    ]
+    metrics.replace("ernie_ready_replicas", {})
+    assert b"replicas{" not in metrics.render()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("ernie_open_promises", {}),
+        ("ernie_preemptions_total", {("m", "r"): 1.0}),
+        ("ernie_ready_replicas", {("m",): 1.0}),
+    ],
+)
+def test_replacing_what_is_no_gauge_with_such_labels_is_a_bug(
+    name: str, values: dict[tuple[str, ...], float], metrics: Metrics
+) -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        metrics.replace(name, values)

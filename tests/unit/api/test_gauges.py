@@ -1,0 +1,95 @@
+"""Loads of replicas on `/metrics`: as the backend tells them, and without those that it does not tell of."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ernie_cluster.api import gauges
+from ernie_cluster.api.backend import ReplicaLoad
+from ernie_cluster.api.gauges import ReplicaGauges
+from ernie_cluster.errors import ReplicaLost
+from ernie_cluster.observe.metrics import InMemoryMetrics
+from tests.fakes import FakeBackend
+from tests.unit.api.client import Server
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+
+VISION = ReplicaLoad("m", "vision", "m/vision/1", 1, 2, 30, 0, 0)
+DECODE = ReplicaLoad("m", "decode", "m/decode/1", 4, 0, 0, 60, 100)
+
+
+def shown(metrics: InMemoryMetrics) -> dict[str, float]:
+    lines = metrics.render().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+class Watch:
+    """Gauges over a fake backend, and a clock."""
+
+    def __init__(self, *loads: ReplicaLoad) -> None:
+        self.now_s = 0.0
+        self.backend, self.metrics = FakeBackend(), InMemoryMetrics()
+        self.backend.load_news = list(loads)
+        self.gauges = ReplicaGauges(self.backend, self.metrics, lambda: self.now_s)
+
+    async def look(self, later_s: float = gauges.MAX_AGE_S) -> dict[str, float]:
+        self.now_s += later_s
+        await self.gauges.refresh()
+        return shown(self.metrics)
+
+
+async def test_all_that_replicas_tell_is_shown() -> None:
+    assert await Watch(VISION, DECODE).look() == {
+        'ernie_ready_replicas{model="m",role="vision"}': 1,
+        'ernie_ready_replicas{model="m",role="decode"}': 1,
+        'ernie_running_requests{model="m",replica="m/vision/1",role="vision"}': 1,
+        'ernie_running_requests{model="m",replica="m/decode/1",role="decode"}': 4,
+        'ernie_waiting_requests{model="m",replica="m/vision/1",role="vision"}': 2,
+        'ernie_waiting_requests{model="m",replica="m/decode/1",role="decode"}': 0,
+        'ernie_waiting_tokens{model="m",replica="m/vision/1",role="vision"}': 30,
+        'ernie_waiting_tokens{model="m",replica="m/decode/1",role="decode"}': 0,
+        'ernie_kv_blocks{model="m",replica="m/decode/1",state="used"}': 40,
+        'ernie_kv_blocks{model="m",replica="m/decode/1",state="free"}': 60,
+    }
+
+
+@pytest.mark.parametrize("news", [[VISION], ReplicaLost("the router is gone")])
+async def test_a_replica_that_is_gone_leaves_only_a_pool_without_it(news: list[ReplicaLoad] | Exception) -> None:
+    watch = Watch(VISION, DECODE)
+    await watch.look()
+    watch.backend.load_news = news
+    seen = await watch.look()
+    assert [(name, value) for name, value in seen.items() if "decode" in name] == [
+        ('ernie_ready_replicas{model="m",role="decode"}', 0)
+    ]
+
+
+async def test_who_looks_often_or_at_once_asks_once() -> None:
+    watch = Watch(DECODE)
+    await asyncio.gather(*(watch.look(0.0) for _ in range(5)))
+    await watch.look(gauges.MAX_AGE_S / 2)
+    assert watch.backend.num_looks == 1
+    await watch.look()
+    assert watch.backend.num_looks == 2
+
+
+async def test_a_backend_that_is_silent_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(FakeBackend):
+        async def loads(self) -> list[ReplicaLoad]:
+            await asyncio.Event().wait()
+            raise AssertionError("nobody sets it")
+
+    monkeypatch.setattr(gauges, "TIMEOUT_S", 0.01)
+    response = await Server(Silent()).get("/metrics")
+    assert response.status_code == 200
+    assert "ernie_ready_replicas" not in response.text
+
+
+async def test_the_route_shows_them() -> None:
+    server = Server()
+    server.backend.load_news = [DECODE]
+    assert (
+        'ernie_running_requests{model="m",replica="m/decode/1",role="decode"} 4' in (await server.get("/metrics")).text
+    )
