@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request, Response
@@ -19,7 +20,8 @@ from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.guard import Door, Guard
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.middleware import Boundary, HeaderLimit
-from ernie_cluster.api.openai import CHAT, COMPLETION
+from ernie_cluster.api.openai import CHAT, COMPLETION, encode
+from ernie_cluster.api.openapi import document
 from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.responses import RESPONSES
 from ernie_cluster.api.service import Service, json_response
@@ -107,6 +109,14 @@ def create_app(
     @app.get("/version")
     async def show_version() -> Response:
         return json_response({"version": version("ernie-cluster")})
+
+    @cache
+    def description() -> bytes:
+        return encode(document(version("ernie-cluster"), lambda path: guard is not None and guard.closes(path)))
+
+    @app.get("/openapi.json")
+    async def show_description() -> Response:
+        return Response(await asyncio.to_thread(description), media_type="application/json")
 
     return app
 

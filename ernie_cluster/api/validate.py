@@ -19,7 +19,9 @@ M = TypeVar("M", bound=BaseModel)
 class Strict(BaseModel):
     """Base of all bodies and their parts. A union's tag is written `<tag>`, so that error paths can leave it out."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def validated(kind: type[M], raw: Mapping[str, Any]) -> M:
