@@ -13,6 +13,7 @@ from ernie_cluster.api.media import Fetched, attach
 from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.salt import salt_of, salted
 from ernie_cluster.api.schemas import ChatBody, CompletionBody, GenerationBody, prompts_of
+from ernie_cluster.api.translate import renamed
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
 from ernie_cluster.request import GenerationRequest, SamplingParams
 

@@ -264,8 +264,8 @@ Prompts = Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1)
 class CompletionBody(GenerationBody):
     """Body of `POST /v1/completions`."""
 
-    prompt: Annotated[Prompts, SkipValidation]
-    """Checked by `prompts_of`, whose words are plainer than a union's."""
+    prompt: Annotated[Prompts, SkipValidation]  # `prompts_of` checks it, in plainer words than a union's
+    """A text, a list of token ids, or a list of these."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
