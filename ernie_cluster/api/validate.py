@@ -74,7 +74,7 @@ def param_of(loc: Sequence[int | str]) -> str:
         elif part == "[key]":
             break
         elif not part.startswith("<"):
-            out += f".{part[:64]}" if out else part
+            out += f".{part[:64]}" if out else part[:64]
     return out
 
 
