@@ -149,9 +149,7 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation("/detokenize", "detokenize", "Tell what token ids stand for.", DetokenizeAnswer, tokens.DetokenizeBody),
     Operation("/v1/models", "list_models", "List what is served.", Models),
-    Operation(
-        "/v1/models/{name}", "retrieve_model", "Describe a served model.", Model, more_statuses=frozenset({404})
-    ),
+    Operation("/v1/models/{name}", "retrieve_model", "Describe a served model.", Model, more_statuses=frozenset({404})),
     Operation("/health", "health", "Tell that the process lives.", Health),
     Operation(
         "/ready", "ready", "Tell whether every model can take requests.", Readiness, more_statuses=frozenset({503})

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import tracemalloc
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.fakes import FakeProcessor
 from tests.unit.api.client import CHAT_URL, Connection, Server, chat_body
-from tests.unit.api.hostile.house import LIMITS, House
-from tests.unit.api.hostile.row import Row, content, tool
+from tests.unit.api.hostile.house import House
+from tests.unit.api.hostile.row import LIMITS, Row, content, tool
 from tests.unit.api.hostile.table import TABLE
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]

@@ -55,7 +55,11 @@ def try_out(server: Server, described: dict[str, Any], operation: Operation, mod
     ]
 
     @settings(
-        max_examples=max_examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=max_examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
     @given(schema[operation.path][operation.method].as_strategy(GenerationMode(mode)))
     def holds(case: Any) -> None:

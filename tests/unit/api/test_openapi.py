@@ -194,7 +194,7 @@ async def test_streams(path: str, described: dict[str, Any]) -> None:
     schema = told(described, path, media_type="text/event-stream")["x-event-schema"]
     check = validator(described, schema, is_closed=True)
     seen = list(events(response))
-    assert len(seen) > 3
+    assert len(seen) > 1
     for event in seen:
         check.validate(event)
 

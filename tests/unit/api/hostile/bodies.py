@@ -6,8 +6,7 @@ import gzip
 import json
 
 from tests.unit.api.client import COMPLETION_URL, chat_body
-from tests.unit.api.hostile.house import LIMITS
-from tests.unit.api.hostile.row import Row
+from tests.unit.api.hostile.row import LIMITS, Row
 
 GOOD = json.dumps(chat_body()).encode()
 

@@ -14,7 +14,6 @@ import pytest
 from ernie_cluster.api import http_service
 from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.http_service import create_app
-from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.service import Service
 from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint
 from ernie_cluster.inputs.chat import ChatProcessor
@@ -24,17 +23,8 @@ from ernie_cluster.inputs.images import ImageLimits
 from ernie_cluster.inputs.messages import PromptLimits
 from ernie_cluster.observe.metrics import PrometheusMetrics
 from tests.fakes import FakeBackend, FakeProcessor, say
-from tests.unit.api.hostile.row import Row
+from tests.unit.api.hostile.row import LIMITS, Row
 
-LIMITS = ApiLimits(
-    max_body_bytes=60_000,
-    max_json_items=2000,
-    max_messages=4,
-    max_prompts=3,
-    max_tools=2,
-    max_n=3,
-    max_grammar_bytes=5000,
-)
 EYES = PromptLimits(
     image=ImageLimits(max_bytes=20_000, max_pixels=1_000_000, max_side=5000),
     max_images=2,

@@ -113,6 +113,7 @@ RESPONSES: list[Case] = [
     ({"metadata": {str(i): "" for i in range(17)}}, 400, "metadata"),
     ({"tools": [{"type": "function", "name": ""}]}, 400, "tools[0].name"),
     ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}], "tool_choice": "required"}, 400, "tools[0].parameters"),
+    ({"tools": [{"type": "function", "name": "f", "parameters": {"default": float("nan")}}]}, 400, "tools[0].parameters.default"),
     ({"tool_choice": {"type": "function", "name": "f"}}, 400, "tool_choice.name"),
     ({"text": {"format": {"type": "xml"}}}, 400, "text.format.type"),
     ({"text": {"format": {"type": "json_schema", "schema": {"type": "foo"}}}}, 400, "text.format.schema"),

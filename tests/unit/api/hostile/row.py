@@ -6,7 +6,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ernie_cluster.api.limits import ApiLimits
 from tests.unit.api.client import CHAT_URL, COMPLETION_URL, chat_body
+
+LIMITS = ApiLimits(
+    max_body_bytes=60_000,
+    max_json_items=2000,
+    max_messages=4,
+    max_prompts=3,
+    max_tools=2,
+    max_n=3,
+    max_grammar_bytes=5000,
+)
 
 Case = tuple[Any, int, str | None]
 """Fields that differ from a good body, status, field that the error names."""
