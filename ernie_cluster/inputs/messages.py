@@ -174,7 +174,6 @@ def check_text(value: object, param: str, max_chars: int) -> int:
         return _num_chars(value, max_chars, path)
     except InvalidRequest as e:
         where = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:_MAX_STEP]}" for step in path[:_MAX_STEPS])
-        where = where.encode(errors="replace").decode()
         raise type(e)(e.message, param + where, e.code) from None
 
 

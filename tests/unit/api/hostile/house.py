@@ -71,8 +71,8 @@ class House:
                 self.backend, {"tiny": self.tiny, "eyes": eyes}, LIMITS, self.metrics, fetcher=fetcher
             )
 
-    def _service(self, *arguments: Any) -> Service:
-        self.service = Service(*arguments)
+    def _service(self, *arguments: Any, **options: Any) -> Service:
+        self.service = Service(*arguments, **options)
         return self.service
 
     async def send(self, row: Row) -> httpx.Response:
