@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import sys
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -16,6 +18,7 @@ from tests.unit.api.hostile.row import LIMITS, Row, content, tool
 from tests.unit.api.hostile.table import TABLE
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> House:
@@ -68,6 +71,19 @@ async def test_nothing_is_kept_of_hostile_requests(house: House) -> None:
     good = await house.send(Row("good", chat_body(), 200))
     assert good.json()["choices"][0]["message"]["content"] == "Hello"
     assert house.objection_to_rest() == ""
+
+
+@pytest.mark.parametrize(("piece", "status"), [(b"", 408), (b" ", 408), (b"x" * 1000, 413)])
+async def test_a_body_that_never_ends(piece: bytes, status: int) -> None:
+    """Its pieces keep coming, so that no wait for one of them is long."""
+    timeout_s = LIMITS.body_timeout_s if status == 413 else 0.05
+    server = Server(limits=replace(LIMITS, body_timeout_s=timeout_s))
+    connection = Connection(server.app, b"{", is_complete=False)
+    while not connection.task.done():
+        connection.feed(piece)
+        await asyncio.sleep(0)
+    assert (await connection.message())["status"] == status
+    assert server.metrics.value("ernie_requests_in_flight", model="unknown") == 0
 
 
 @pytest.mark.parametrize("name", ["model", "messages"])

@@ -15,7 +15,6 @@ from ernie_cluster.api import http_service
 from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.service import Service
-from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint
 from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.inputs.clip import VideoLimits
 from ernie_cluster.inputs.fetch import FetchRules
@@ -57,6 +56,8 @@ class House:
     """The app. Owns its temporary checkpoint's processor; nothing in it belongs to an event loop."""
 
     def __init__(self, folder: Path) -> None:
+        from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint  # brings torch, which takes a while
+
         eyes = ChatProcessor.from_folder(
             write_tiny_checkpoint(folder), served_name="eyes", max_model_len=1024, limits=EYES
         )
