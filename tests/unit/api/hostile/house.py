@@ -93,14 +93,18 @@ class House:
             self.backend.arrivals.get_nowait()
         return seen
 
-    def objection_to_rest(self) -> str:
-        """What is still held; "" when nothing is."""
+    def objection_to_rest(self, known: set[asyncio.Task[Any]]) -> str:
+        """What is still held; "" when nothing is.
+
+        Args:
+            known: tasks of the caller.
+        """
         held = {
             "streams": self.service.traffic.num_streams,
             "requests": len(self.service.traffic._live),
             "jobs": len(self.service.workers._jobs),
             "aborted": len(self.backend.aborted),
-            "tasks": len(asyncio.all_tasks()) - 1,
+            "tasks": len(asyncio.all_tasks() - known),
         }
         shown = [line for line in self.metrics.render().decode().splitlines() if line.startswith("ernie_requests_in_")]
         busy = [line for line in shown if not line.endswith(" 0.0")]
