@@ -28,7 +28,7 @@ class Base64Source(Strict):
     """A picture's file."""
 
     type: Literal["base64"]
-    media_type: Annotated[str, Field(pattern=r"^image/[\w.+-]+$")]
+    media_type: Annotated[str, Field(pattern="^image/[A-Za-z0-9_.+-]+$")]
     data: str
     field: ClassVar[str] = "data"
 

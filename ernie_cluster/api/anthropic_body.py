@@ -23,7 +23,7 @@ from ernie_cluster.api.anthropic_blocks import (
     UserMessage,
     joined,
 )
-from ernie_cluster.api.schemas import ChatBody
+from ernie_cluster.api.schemas import ChatBody, Count, Name, StopString
 from ernie_cluster.api.translate import Conversation, add_call, add_reasoning, as_chat
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, type_tag, validated
 from ernie_cluster.errors import InvalidRequest
@@ -33,7 +33,7 @@ class Tool(Strict):
     """A function that the model may call; tools that run on the server are not served."""
 
     type: Literal["custom"] | None = None
-    name: str
+    name: Name
     description: str | None = None
     input_schema: dict[str, Any]
 
@@ -119,16 +119,16 @@ class PromptBody(Strict):
 class MessagesBody(PromptBody):
     """Body of `POST /v1/messages`."""
 
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Count
     metadata: Metadata | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Annotated[list[StopString], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
-_HARMLESS: dict[str, tuple[Any, ...]] = {"container": (None,), "mcp_servers": (None, []), "prefill": (None,)}
+HARMLESS: dict[str, tuple[Any, ...]] = {"container": (None,), "mcp_servers": (None, []), "prefill": (None,)}
 """Fields that are not supported, and the values with which they ask for nothing."""
 
 _FIELDS = {
@@ -149,7 +149,7 @@ def read_messages(raw: Mapping[str, Any]) -> tuple[ChatBody, Mapping[str, str]]:
     Raises:
         InvalidRequest: names the field at fault.
     """
-    refuse_unsupported(raw, _HARMLESS)
+    refuse_unsupported(raw, HARMLESS)
     body = validated(MessagesBody, raw)
     conversation = _conversation(body)
     fields = _prompt_fields(body) | {
@@ -166,7 +166,7 @@ def read_messages(raw: Mapping[str, Any]) -> tuple[ChatBody, Mapping[str, str]]:
 
 def read_prompt(raw: Mapping[str, Any]) -> tuple[ChatBody, Mapping[str, str]]:
     """As `read_messages`, of a request that only asks how long its prompt is."""
-    refuse_unsupported(raw, _HARMLESS)
+    refuse_unsupported(raw, HARMLESS)
     body = validated(PromptBody, raw)
     conversation = _conversation(body)
     return as_chat(_prompt_fields(body), conversation), conversation.origins
@@ -195,7 +195,7 @@ def _conversation(body: PromptBody) -> Conversation:
             "user's message",
             param,
         )
-    conversation = Conversation(_FIELDS)
+    conversation = Conversation(_FIELDS | _tool_fields(len(body.tools or ())))
     if body.system:
         conversation.add("system", joined(body.system), "system")
     for i, message in enumerate(body.messages):
@@ -209,6 +209,14 @@ def _conversation(body: PromptBody) -> Conversation:
         else:
             _add_assistant(conversation, message, origin)
     return conversation
+
+
+def _tool_fields(num_tools: int) -> dict[str, str]:
+    fields = {}
+    for i in range(num_tools):
+        fields[f"tools[{i}].function"] = f"tools[{i}]"
+        fields[f"tools[{i}].function.parameters"] = f"tools[{i}].input_schema"
+    return fields
 
 
 def _add_user(conversation: Conversation, message: UserMessage, origin: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope
 
 from ernie_cluster.api.limits import ApiLimits
+from ernie_cluster.api.validate import param_of
 from ernie_cluster.errors import Aborted, InvalidRequest
 
 _OBJECT = TypeAdapter(dict[str, Any])
@@ -71,7 +74,8 @@ def parse_object(body: bytes, limits: ApiLimits) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        InvalidRequest: not JSON, not an object, nested too deeply, or with too many items.
+        InvalidRequest: not JSON, not an object, nested too deeply, or with too many items; a number that no float
+            holds is named.
     """
     num_items = sum(body.count(mark) for mark in (b"[", b"{", b","))
     if num_items > limits.max_json_items:
@@ -82,6 +86,10 @@ def parse_object(body: bytes, limits: ApiLimits) -> dict[str, Any]:
         raise InvalidRequest(f"the body is not a JSON object: {e.errors()[0]['msg']}", code="invalid_json") from None
     if not _depth_fits(value, limits.max_json_depth):
         raise InvalidRequest(f"the body is nested deeper than {limits.max_json_depth} levels", code="invalid_json")
+    path = _path_to_no_number(value)
+    if path is not None:
+        param = param_of(path)
+        raise InvalidRequest(f"{param} is no finite number; JSON has neither NaN nor Infinity", param, "invalid_json")
     return value
 
 
@@ -98,6 +106,19 @@ def _depth_fits(value: dict[str, Any], max_depth: int) -> bool:
         if not level:
             return True
     return False
+
+
+def _path_to_no_number(value: Any) -> Sequence[int | str] | None:
+    """Where NaN or an infinity stands, which would make an answer that repeats it no JSON. As deep as `_depth_fits`."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ()
+    if not isinstance(value, (dict, list)):
+        return None
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        path = _path_to_no_number(inner)
+        if path is not None:
+            return (key, *path)
+    return None
 
 
 def _too_large(limits: ApiLimits) -> HTTPException:

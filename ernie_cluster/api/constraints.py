@@ -6,9 +6,10 @@ OpenAI's `response_format` and `tool_choice`, and vLLM's `structured_outputs` wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from pydantic_core import from_json
 
 from ernie_cluster.api.formats import NamedTool, StructuredOutputs
 from ernie_cluster.api.schemas import ChatBody, GenerationBody, Tool
@@ -82,10 +83,10 @@ def _formats(body: GenerationBody) -> Iterator[tuple[str, str]]:
 def _json_body(param: str, schema: Any) -> str:
     """vLLM takes a schema as JSON text, too."""
     try:
-        schema = json.loads(schema) if isinstance(schema, str) else schema
+        schema = from_json(schema, allow_inf_nan=False) if isinstance(schema, str) else schema
         if isinstance(schema, dict):
             return write.json_body(schema)
-    except (ValueError, RecursionError):
+    except ValueError:  # also for half a surrogate pair, which `json` would take
         pass
     raise InvalidRequest(f"{param}: give a JSON schema, which is an object", param)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, SkipValidation, Tag
 
 from ernie_cluster.api.validate import Strict
 
@@ -33,7 +33,7 @@ class StructuredOutputs(Strict):
 
     model_config = ConfigDict(extra="forbid")
 
-    definition: Any = Field(None, alias="json")
+    definition: Annotated[dict[str, Any] | str | None, SkipValidation] = Field(None, alias="json")
     """A JSON schema, or its text."""
     regex: Regex | None = None
     choice: Choices | None = None

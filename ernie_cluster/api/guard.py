@@ -58,6 +58,12 @@ class Guard:
         self._clock = clock
         self._budgets: dict[str, Budget] = {}
 
+    def closes(self, path: str) -> bool:
+        """Whether a route needs a key."""
+        if path in ADMIN:
+            return self._admin_sha256 is not None
+        return path not in OPEN and self._ring is not None
+
     async def identify(self, scope: Scope) -> Guest:
         """Raises Unauthorized: the route needs a key, and the request bears none of those that open it."""
         path = scope["path"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request, Response
@@ -21,7 +22,8 @@ from ernie_cluster.api.gauges import ReplicaGauges
 from ernie_cluster.api.guard import Door, Guard
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.middleware import Boundary, HeaderLimit
-from ernie_cluster.api.openai import CHAT, COMPLETION
+from ernie_cluster.api.openai import CHAT, COMPLETION, encode
+from ernie_cluster.api.openapi import document
 from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.responses import RESPONSES
 from ernie_cluster.api.service import Service, json_response
@@ -111,6 +113,14 @@ def create_app(
     @app.get("/version")
     async def show_version() -> Response:
         return json_response({"version": version("ernie-cluster")})
+
+    @cache
+    def description() -> bytes:
+        return encode(document(version("ernie-cluster"), lambda path: guard is not None and guard.closes(path)))
+
+    @app.get("/openapi.json")
+    async def show_description() -> Response:
+        return Response(await asyncio.to_thread(description), media_type="application/json")
 
     return app
 

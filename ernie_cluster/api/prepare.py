@@ -13,6 +13,7 @@ from ernie_cluster.api.media import Fetched, attach
 from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.salt import salt_of, salted
 from ernie_cluster.api.schemas import ChatBody, CompletionBody, GenerationBody, prompts_of
+from ernie_cluster.api.translate import renamed
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
 from ernie_cluster.request import GenerationRequest, MediaKind, SamplingParams, ThinkingLimit
 
@@ -159,8 +160,12 @@ def _prompts(
     assert isinstance(body, CompletionBody)
     prompts = prompts_of(body.prompt)
     _check_at_most(len(prompts), limits.max_prompts, "prompt", "prompts")
-    for prompt in prompts:
-        yield processor.completion(prompt, request_id=response_id, sampling=sampling, timeout_s=timeout_s)
+    for i, prompt in enumerate(prompts):
+        try:
+            request = processor.completion(prompt, request_id=response_id, sampling=sampling, timeout_s=timeout_s)
+        except InvalidRequest as e:
+            raise renamed(e, {"prompt": f"prompt[{i}]"} if prompts is body.prompt else {}) from None
+        yield request
 
 
 def chat_prompt(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ernie_cluster.api.responses_items import AssistantMessage, CallItem, InputMessage, Item, ReasoningItem, ResultItem
-from ernie_cluster.api.schemas import ChatBody
+from ernie_cluster.api.schemas import ChatBody, Count, Name
 from ernie_cluster.api.translate import Conversation, add_call, add_reasoning, as_chat
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, validated
 from ernie_cluster.errors import InvalidRequest
@@ -22,7 +22,7 @@ class FunctionTool(Strict):
     """A function that the model may call."""
 
     type: Literal["function"]
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -81,15 +81,15 @@ class ResponsesBody(Strict):
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     user: str | None = None
 
 
-_HARMLESS: dict[str, tuple[Any, ...]] = {
+HARMLESS: dict[str, tuple[Any, ...]] = {
     "background": (None, False),
     "conversation": (None,),
     "include": (None, [], ["reasoning.encrypted_content"]),  # nothing is encrypted: the content itself is there
@@ -129,7 +129,7 @@ def read_responses(raw: Mapping[str, Any]) -> tuple[ResponsesBody, ChatBody, Map
             "previous_response_id",
             "unsupported_parameter",
         )
-    refuse_unsupported(raw, _HARMLESS)
+    refuse_unsupported(raw, HARMLESS)
     body = validated(ResponsesBody, raw)
     conversation = _conversation(body)
     return body, as_chat(_chat_fields(body), conversation), conversation.origins
@@ -159,7 +159,8 @@ def _function(tool: FunctionTool) -> dict[str, Any]:
 
 
 def _conversation(body: ResponsesBody) -> Conversation:
-    conversation = Conversation(_FIELDS)
+    tools = {f"tools[{i}].function": f"tools[{i}]" for i in range(len(body.tools or ()))}
+    conversation = Conversation(_FIELDS | tools)
     if body.instructions:
         conversation.add("system", body.instructions, "instructions")
     if isinstance(body.input, str):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ernie_cluster.api.schemas import MediaUrl
+from ernie_cluster.api.schemas import Count, MediaUrl, Rate
 from ernie_cluster.api.validate import Strict, Unread, list_tag, type_tag
 
 
@@ -42,10 +42,10 @@ class VideoPart(Strict):
 
     type: Literal["input_video"]
     video_url: MediaUrl
-    fps: float | None = None
-    min_frames: int | None = None
-    max_frames: int | None = None
-    source_fps: float | None = None
+    fps: Rate | None = None
+    min_frames: Count | None = None
+    max_frames: Count | None = None
+    source_fps: Rate | None = None
     fields: ClassVar[Mapping[str, str]] = {
         "video_url.url": "video_url",
         **{f"video_url.{name}": name for name in ("fps", "min_frames", "max_frames", "source_fps")},
@@ -84,7 +84,7 @@ class SentItem(Strict):
 class InputMessage(SentItem):
     """What a user or the application says."""
 
-    type: Unread = None
+    type: Literal["message"] = "message"
     role: Literal["user", "system", "developer"]
     content: Content
 
@@ -92,7 +92,7 @@ class InputMessage(SentItem):
 class AssistantMessage(SentItem):
     """What the model said."""
 
-    type: Unread = None
+    type: Literal["message"] = "message"
     role: Literal["assistant"]
     content: Annotated[
         Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<list>")],
@@ -115,8 +115,8 @@ class ReasoningItem(SentItem):
     """What the model thought."""
 
     type: Literal["reasoning"]
-    summary: list[ReasoningText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
+    content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
     """Counts before the summary."""
     encrypted_content: Unread = None
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, SkipValidation, Tag
 
 from ernie_cluster.api.formats import Choices, Regex, ResponseFormat, StructuredOutputs, ToolChoice
 from ernie_cluster.api.unsupported import UNSUPPORTED
 from ernie_cluster.api.validate import Strict, Unread, list_tag, refuse_unsupported, shortened, type_tag, validated
 from ernie_cluster.errors import InvalidRequest
+from ernie_cluster.inputs.frames import MAX_FPS
 
-MediaUrl = Annotated[str, Field(pattern=r"^(?i:data:|https?://|file://)")]
+MediaUrl = Annotated[str, Field(pattern="^([Dd][Aa][Tt][Aa]:|[Hh][Tt][Tt][Pp][Ss]?://|[Ff][Ii][Ll][Ee]://)")]
 """Whether it is fetched at all is up to the operator, see `inputs/fetch.py`."""
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Rate = Annotated[float, Field(gt=0, le=MAX_FPS)]
+Name = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 B = TypeVar("B", bound="GenerationBody")
 
@@ -42,10 +47,10 @@ class GenerationBody(Strict):
     """What both routes share. None means: not given."""
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     """OpenAI's newer name; counts before `max_tokens`."""
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Token | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -57,23 +62,25 @@ class GenerationBody(Strict):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=1024),
+            Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
         ]
         | None
     ) = None
     """Token id, as decimal digits, to what is added to its logit."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=256)]], Field(fail_fast=True), BeforeValidator(_as_list)
+        list[StopString],
+        Field(fail_fast=True),
+        BeforeValidator(_as_list, json_schema_input_type=StopString | list[StopString] | None),
     ] = Field(default_factory=list)
     stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Any = None
+    guided_json: Annotated[dict[str, Any] | str | None, SkipValidation] = None
     """A JSON schema, or its text."""
     guided_regex: Regex | None = None
     guided_choice: Choices | None = None
@@ -116,17 +123,17 @@ class ImageUrl(Strict):
 class VideoUrl(Strict):
     """A file, by its URL or inside it, or frames separated by commas; what else is given chooses those the model sees.
 
-    Bounds depend on the model and are checked where the frames are chosen.
+    How many frames there may be depends on the model, and is checked where they are chosen.
     """
 
     url: MediaUrl
-    fps: float | None = None
+    fps: Rate | None = None
     """Frames per second that the model is to see."""
-    min_frames: int | None = None
+    min_frames: Count | None = None
     """Frames that it is to see of a short video."""
-    max_frames: int | None = None
+    max_frames: Count | None = None
     """Frames that it is to see of a long video."""
-    source_fps: float | None = None
+    source_fps: Rate | None = None
     """Rate at which the frames of a list were taken; files have times of their own."""
 
 
@@ -185,7 +192,7 @@ class ToolCall(Strict):
 class Function(Strict):
     """A function that the model may call; `parameters` is a JSON schema, which only the template reads."""
 
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -262,11 +269,16 @@ class ChatBody(GenerationBody):
         return [] if self.tool_choice == "none" else self.tools or []
 
 
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Token], Field(min_length=1)]
+Prompts = Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1)]
+
+
 class CompletionBody(GenerationBody):
     """Body of `POST /v1/completions`."""
 
-    prompt: Any
-    """See `prompts_of`."""
+    prompt: Annotated[Prompts, SkipValidation]  # `prompts_of` checks it, in plainer words than a union's
+    """A text, a list of token ids, or a list of these."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
@@ -312,7 +324,7 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 
 
 def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+    return isinstance(value, list) and bool(value) and all(type(i) is int and abs(i) < 2**31 for i in value)
 
 
 def _check_contents(messages: Sequence[Message]) -> None:

@@ -122,8 +122,12 @@ def anthropic_error(exc: BaseException) -> dict[str, Any]:
 
 def error_body_at(path: str, exc: BaseException) -> dict[str, Any]:
     """The error object of the API that a path belongs to."""
-    is_anthropic = path == "/v1/messages" or path.startswith("/v1/messages/")
-    return anthropic_error(exc) if is_anthropic else error_body(exc)
+    return anthropic_error(exc) if is_anthropic(path) else error_body(exc)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def error_headers(exc: BaseException) -> dict[str, str]:

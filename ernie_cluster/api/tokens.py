@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from ernie_cluster.api.anthropic_body import read_prompt
 from ernie_cluster.api.media import wanted_media
@@ -30,7 +30,16 @@ _NOTHING = SamplingParams(max_tokens=1)
 
 
 class TokenizeBody(Strict):
-    """What `POST /tokenize` takes beside a chat request's fields."""
+    """What `POST /tokenize` takes beside a chat request's fields: a text, or a chat."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+                {"allOf": [{"$ref": "#/components/schemas/ChatBody"}], "properties": {"prompt": {"type": "null"}}},
+            ]
+        }
+    )
 
     model: str
     prompt: str | None = None
@@ -45,7 +54,7 @@ class DetokenizeBody(Strict):
     tokens: Annotated[list[Token], Field(fail_fast=True)]
 
 
-_HARMLESS: dict[str, tuple[Any, ...]] = {"chat_template": (None,), "continue_final_message": (None, False)}
+HARMLESS: dict[str, tuple[Any, ...]] = {"chat_template": (None,), "continue_final_message": (None, False)}
 """Fields of vLLM's that are not supported, and the values with which they ask for nothing."""
 
 
@@ -54,7 +63,7 @@ def tokenize(raw: dict[str, Any], find: FindProcessor) -> dict[str, Any]:
 
     A text prompt is taken as completions take it, which add no special tokens: `add_special_tokens` changes nothing.
     """
-    refuse_unsupported(raw, _HARMLESS)
+    refuse_unsupported(raw, HARMLESS)
     body = validated(TokenizeBody, raw)
     if (body.prompt is None) == (raw.get("messages") is None):
         raise InvalidRequest("give either prompt or messages", "prompt")

@@ -19,7 +19,9 @@ M = TypeVar("M", bound=BaseModel)
 class Strict(BaseModel):
     """Base of all bodies and their parts. A union's tag is written `<tag>`, so that error paths can leave it out."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 Unread = Annotated[Any, Field(exclude=True)]
@@ -76,7 +78,7 @@ def param_of(loc: Sequence[int | str]) -> str:
         elif part == "[key]":
             break
         elif not part.startswith("<"):
-            out += f".{part[:64]}" if out else part
+            out += f".{part[:64]}" if out else part[:64]
     return out
 
 

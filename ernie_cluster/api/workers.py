@@ -31,11 +31,11 @@ class Workers:
         Raises:
             Overloaded: the queue is full.
         """
-        self._jobs = {job for job in self._jobs if not job.done()}
         if len(self._jobs) >= self._max_jobs:
             raise Overloaded(f"{len(self._jobs)} requests are being prepared, the limit is {self._max_jobs}")
         job = self._pool.submit(work)
         self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
         return await asyncio.wrap_future(job)
 
     def close(self) -> None:

@@ -112,7 +112,10 @@ def check_url(url: str, rules: FetchRules) -> WebSource | FileSource:
 
 def check_redirect(source: WebSource, location: str, rules: FetchRules) -> WebSource:
     """The source to which a server sends us on; raises InvalidRequest as `check_url` does."""
-    there = urljoin(f"{source.scheme}://{source.authority}{source.target}", location)
+    try:
+        there = urljoin(f"{source.scheme}://{source.authority}{source.target}", location)
+    except ValueError:
+        raise _refused("the server redirects to what is no URL") from None
     found = check_url(there, rules)
     if isinstance(found, FileSource):
         raise _refused("the server redirects to a file")

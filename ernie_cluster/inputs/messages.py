@@ -21,6 +21,8 @@ from ernie_cluster.request import MediaKind
 Message = Mapping[str, Any]
 
 _MAX_DEPTH = 64
+_MAX_STEPS, _MAX_STEP = 8, 64
+"""Of the path in an error: its steps, and characters of each; keys are the client's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,36 +162,52 @@ def read_messages(
     return rendered, media
 
 
-def check_text(value: object, param: str, max_chars: int, depth: int = 0) -> int:
+def check_text(value: object, param: str, max_chars: int) -> int:
     """Characters in all strings of `value`, however nested.
 
     Raises:
         InvalidRequest: a string with half of a surrogate pair, or nesting beyond 64 levels; `param` leads to it.
         ContextTooLong: more than `max_chars`.
     """
-    if depth > _MAX_DEPTH:
-        raise InvalidRequest(f"nested deeper than {_MAX_DEPTH} levels; flatten it", param)
+    path: list[int | str] = []
+    try:
+        return _num_chars(value, max_chars, path)
+    except InvalidRequest as e:
+        where = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:_MAX_STEP]}" for step in path[:_MAX_STEPS])
+        raise type(e)(e.message, param + where, e.code) from None
+
+
+def _num_chars(value: object, max_chars: int, path: list[int | str]) -> int:
+    """As `check_text`; on an error `path` leads to its place. It is spelled out only there: keys may be megabytes."""
+    if len(path) > _MAX_DEPTH:
+        raise InvalidRequest(f"nested deeper than {_MAX_DEPTH} levels; flatten it")
     if isinstance(value, str):
-        num_chars = _num_chars(value, param)
+        num_chars = _encodable(value)
     elif isinstance(value, Mapping):
-        num_chars = sum(
-            _num_chars(str(key), param) + check_text(inner, f"{param}.{key}", max_chars, depth + 1)
-            for key, inner in value.items()
-        )
+        num_chars = 0
+        for key, inner in value.items():
+            num_chars += _encodable(str(key))
+            path.append(str(key))
+            num_chars += _num_chars(inner, max_chars, path)
+            path.pop()
     elif isinstance(value, (list, tuple)):
-        num_chars = sum(check_text(inner, f"{param}[{i}]", max_chars, depth + 1) for i, inner in enumerate(value))
+        num_chars = 0
+        for i, inner in enumerate(value):
+            path.append(i)
+            num_chars += _num_chars(inner, max_chars, path)
+            path.pop()
     else:
         return 0
     if num_chars > max_chars:
-        raise ContextTooLong(f"{num_chars} characters exceed the limit of {max_chars}; shorten the text", param)
+        raise ContextTooLong(f"{num_chars} characters exceed the limit of {max_chars}; shorten the text")
     return num_chars
 
 
-def _num_chars(text: str, param: str) -> int:
+def _encodable(text: str) -> int:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise InvalidRequest(f"character {e.start} is half of a surrogate pair; send valid Unicode", param) from None
+        raise InvalidRequest(f"character {e.start} is half of a surrogate pair; send valid Unicode") from None
     return len(text)
 
 

@@ -103,6 +103,10 @@ class Connection:
     async def _send(self, message: Any) -> None:
         self._outbox.put_nowait(message)
 
+    def feed(self, piece: bytes) -> None:
+        """More of the body, and not its end."""
+        self._inbox.put_nowait({"type": "http.request", "body": piece, "more_body": True})
+
     def disconnect(self) -> None:
         self._inbox.put_nowait({"type": "http.disconnect"})
 

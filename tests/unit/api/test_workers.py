@@ -25,6 +25,14 @@ async def test_a_full_queue_refuses_and_recovers() -> None:
     workers.close()
 
 
+async def test_nothing_is_kept_of_finished_work() -> None:
+    workers = Workers(1, 1)
+    result = await workers.run(lambda: bytearray(1))
+    assert workers._jobs == set()
+    assert result == b"\0"
+    workers.close()
+
+
 async def test_work_of_a_cancelled_caller_is_dropped() -> None:
     gate, workers, done = threading.Event(), Workers(1, 8), list[str]()
     first = asyncio.create_task(workers.run(gate.wait))

@@ -13,7 +13,7 @@ import pytest
 from ernie_cluster.errors import CheckpointError, ContextTooLong, InvalidRequest
 from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.inputs.images import PreparedMedia
-from ernie_cluster.inputs.messages import Media, PromptLimits, Settings
+from ernie_cluster.inputs.messages import Media, PromptLimits, Settings, check_text
 from ernie_cluster.inputs.template import ChatTemplate
 from ernie_cluster.request import GenerationRequest, SamplingParams
 
@@ -310,6 +310,14 @@ def test_long_or_deep_text_is_refused_before_it_is_tokenised(processor: ChatProc
         deep = [deep]
     with pytest.raises(InvalidRequest, match="nested deeper"):
         chat(processor, "a", tools=[{"x": deep}])
+
+
+def test_long_keys_are_spelled_out_in_errors_only_and_there_in_part() -> None:
+    """A path for each of the items would be gigabytes."""
+    value = {"k" * 1_000_000: [[0]] * 20_000 + ["\ud800"]}
+    with pytest.raises(InvalidRequest, match="surrogate") as caught:
+        check_text([value], "tools", 10**9)
+    assert caught.value.param == f"tools[0].{'k' * 64}[20000]"
 
 
 def test_completion(processor: ChatProcessor) -> None:

@@ -108,6 +108,8 @@ def test_redirects_are_checked_like_urls() -> None:
         "file:///etc/passwd",
         "https://evil.org/",
         "\\\\evil.org\\",
+        "http://[",
+        "//\u2100.example/",
     ):
         with pytest.raises(InvalidRequest):
             check_redirect(here, bad, FetchRules(RULES.hosts, folder="/etc"))
