@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
@@ -51,6 +51,7 @@ def create_app(
     metrics: Metrics,
     guard: Guard | None = None,
     fetcher: Fetcher | None = None,
+    default_tools: Sequence[str] = (),
 ) -> FastAPI:
     """The ASGI app.
 
@@ -61,8 +62,9 @@ def create_app(
         metrics: where measurements go, and what `/metrics` shows.
         guard: who may come in; None lets everybody in.
         fetcher: of media that are named by URL; None fetches nothing. Closed when the app shuts down.
+        default_tools: of our own, offered in chats that say nothing of tools.
     """
-    service = Service(backend, processors, limits, metrics, fetcher)
+    service = Service(backend, processors, limits, metrics, fetcher, default_tools)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
