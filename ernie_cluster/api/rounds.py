@@ -24,8 +24,8 @@ from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.salt import salted
 from ernie_cluster.api.schemas import ChatBody, GenerationBody
 from ernie_cluster.api.service import Service
-from ernie_cluster.api.tool_schemas import OwnTool
 from ernie_cluster.api.sieve import Sieve
+from ernie_cluster.api.tool_schemas import OwnTool
 from ernie_cluster.api.turns import SINGLE_ROUND, Rounds, Step, Turns
 from ernie_cluster.builtin.base import BuiltinTool, ToolResult
 from ernie_cluster.builtin.pictures import Gallery, gallery_of

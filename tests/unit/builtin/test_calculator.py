@@ -69,9 +69,10 @@ def _parts(text: str) -> list[str]:
 @given(st.text("0123456789.eE+-*/()× ", max_size=30))
 def test_any_text_has_a_value_or_is_refused(text: str) -> None:
     try:
-        Fraction(calculate(text))
-    except ValueError as e:
-        assert "evaluated" in str(e)
+        value = calculate(text)
+    except ValueError:
+        return
+    assert abs(Fraction(value)) < 10**300
 
 
 @pytest.mark.parametrize(
@@ -101,9 +102,9 @@ def test_examples(expression: str, value: str) -> None:
 
 @pytest.mark.parametrize(
     "expression",
-    ["", " ", "1/0", "2**9", "abs(1)", "__import__('os')", "'a'*9", "1+", "(1", "1)", "1 2", "1_0", "0x1", "1j", "9" * 201]
-    + ["True+1", "1e999", "9e200*9e200", "1e-99999999", "(" * 200, "-" * 200, "１+1", None, 12, [1]],
+    ["", " ", "1/0", "2**9", "abs(1)", "__import__('os')", "'a'*9", "1+", "(1", "1)", "1 2", "1_0", "0x1", "1j", "9" * 201,
+     "True+1", "1e999", "9e200*9e200", "1e-99999999", "(" * 200, "-" * 200, "１+1", None, 12, [1]],
 )  # fmt: skip
 def test_nothing_else_is_evaluated(expression: object) -> None:
-    with pytest.raises(ValueError, match="evaluated|at most 200"):
+    with pytest.raises(ValueError, match=r"evaluated|at most 200"):
         calculate(expression)

@@ -72,7 +72,7 @@ def test_zooming_points_at_a_region_of_the_picture_that_is_spoken_of() -> None:
 
 @pytest.mark.parametrize("number", [0, 3, -1, "1", 1.0, True, None, [1], 10**30])
 def test_pictures_that_do_not_exist(number: object) -> None:
-    with pytest.raises(ValueError, match="there is no picture .*; there are 1 to 2"):
+    with pytest.raises(ValueError, match=r"there is no picture .*; there are 1 to 2"):
         Zoom().run({"bbox_2d": [0, 0, 9, 9], "picture": number}, Gallery((Shown("a"), Shown("b"))))
     with pytest.raises(ValueError, match="no picture in this conversation"):
         Zoom().run({"bbox_2d": [0, 0, 9, 9]}, Gallery())
