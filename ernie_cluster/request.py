@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -137,6 +138,11 @@ class MediaInput:
     def end(self) -> int:
         """One past the last placeholder token."""
         return self.offset + self.num_tokens
+
+    @property
+    def num_pixels(self) -> int:
+        """As the model sees it."""
+        return math.prod(self.grid_thw) * 14 * 14
 
     @property
     def num_bytes(self) -> int:

@@ -16,6 +16,7 @@ from ernie_cluster.errors import ContextTooLong, InvalidRequest
 from ernie_cluster.request import (
     FinishReason,
     GenerationRequest,
+    MediaInput,
     SamplingParams,
     Span,
     ThinkingLimit,
@@ -96,7 +97,7 @@ class FakeBackend:
         is_finished = False
         index = 0
         try:
-            for item in self.scripts.get(int(request.request_id.rpartition("-")[2]), self.script):
+            for item in self._script_of(request):
                 if isinstance(item, asyncio.Event):
                     await item.wait()
                     continue
@@ -112,6 +113,9 @@ class FakeBackend:
             is_finished = True
         finally:
             (self.finished if is_finished else self.aborted).append(request.request_id)
+
+    def _script_of(self, request: GenerationRequest) -> Script:
+        return self.scripts.get(int(request.request_id.rpartition("-")[2]), self.script)
 
     def _event(self, request: GenerationRequest, index: int, step: Step) -> TokenEvent:
         room = request.sampling.max_tokens - index
@@ -221,6 +225,9 @@ class FakeProcessor:
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < EOS else b"<eos>"
+
+    def thumbnail(self, media: MediaInput) -> str:
+        return f"data:image/jpeg;base64,{media.media_hash.hex()}"
 
     def opens_reasoning(self, request: GenerationRequest) -> bool:
         return bytes(request.prompt_token_ids[-7:].tolist()) == b"<think>"

@@ -40,7 +40,15 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
         metrics = PrometheusMetrics()
         guard = make_guard(config.api, metrics)
         fetcher = Fetcher(fetch_rules(config.api))
-        api = create_app(ClusterBackend(app, config), processors, api_limits(config), metrics, guard, fetcher)
+        api = create_app(
+            ClusterBackend(app, config),
+            processors,
+            api_limits(config),
+            metrics,
+            guard,
+            fetcher,
+            config.api.builtin_tools,
+        )
         if config.api.cors_origins:
             allow_origins(api, config.api.cors_origins)
         return api
@@ -120,4 +128,6 @@ def api_limits(config: ClusterConfig) -> ApiLimits:
         request_timeout_s=api.request_timeout_s,
         default_max_tokens=api.default_max_tokens,
         preprocess_threads=api.preprocess_threads,
+        max_tool_rounds=api.max_tool_rounds,
+        max_tool_pixels=api.max_tool_pixels,
     )

@@ -18,8 +18,9 @@ from ernie_cluster.api.markup import AnswerParser, Pieces
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.processor import Detokenizer, Processor
 from ernie_cluster.api.stops import StopStringFilter
+from ernie_cluster.api.turns import SINGLE_ROUND, Choice, Rounds, Turns
 from ernie_cluster.errors import Aborted, ReplicaError
-from ernie_cluster.request import FinishReason, GenerationRequest, Span, TokenEvent
+from ernie_cluster.request import FinishReason, GenerationRequest, MediaKind, Span, TokenEvent
 
 TOOL_CALLS = "tool_calls"
 """OpenAI's finish reason of an answer that stops after it has called tools; engines know no tools."""
@@ -56,7 +57,7 @@ class Delta:
 
 @dataclass(slots=True)
 class ChoiceText:
-    """Text of one choice. Takes its token events in order; holds back halves of characters, marks and stop strings."""
+    """Text of one round of a choice. Takes its token events in order; holds back halves of characters, marks and stop strings."""
 
     index: int
     request: GenerationRequest
@@ -135,19 +136,12 @@ class Answer:
     Leaving the context, however that happens, aborts what still runs and waits until the backend has let go.
     """
 
-    def __init__(self, backend: Backend, job: Job, processor: Processor) -> None:
+    def __init__(self, backend: Backend, job: Job, processor: Processor, rounds: Rounds = SINGLE_ROUND) -> None:
         self._backend = backend
-        self._num_answers = job.num_answers
-        self.choices: Sequence[ChoiceText] = [
-            ChoiceText(
-                i,
-                request,
-                processor.detokenizer(),
-                AnswerParser(job.markup, StopStringFilter(job.stop)),
-                ShownTokens(processor.token_bytes) if request.sampling.num_logprobs is not None else None,
-            )
-            for i, request in enumerate(job.requests)
-        ]
+        self._job = job
+        self._processor = processor
+        self._rounds = rounds
+        self.choices: Sequence[Choice] = [Choice(i, [self._text(i, r)]) for i, r in enumerate(job.requests)]
         self._pending: dict[int, Delta] = {}
         self._num_running = len(self.choices)
         self._error: BaseException | None = None
@@ -166,6 +160,16 @@ class Answer:
         await asyncio.gather(*self._readers, return_exceptions=True)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Of all rounds; in the first one a prompt counts once, however many answers it gets."""
+        return self._job.num_prompt_tokens + sum(text.request.num_prompt_tokens for text in self._further)
+
+    def num_media_tokens(self, kind: MediaKind) -> int:
+        """Those of them that stand for pictures or videos."""
+        further = (m for text in self._further for m in text.request.media)
+        return self._job.num_media_tokens(kind) + sum(m.num_tokens for m in further if m.kind == kind)
+
+    @property
     def num_tokens(self) -> int:
         """Output tokens of all choices."""
         return sum(c.num_tokens for c in self.choices)
@@ -177,9 +181,15 @@ class Answer:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens from a cache; a prompt counts once, however many answers it gets."""
-        by_prompt = [self.choices[i : i + self._num_answers] for i in range(0, len(self.choices), self._num_answers)]
-        return sum(max(c.num_cached_tokens for c in choices) for choices in by_prompt)
+        """Those of the prompt tokens that came from a cache."""
+        num_answers, firsts = self._job.num_answers, [choice.rounds[0].num_cached_tokens for choice in self.choices]
+        by_prompt = [max(firsts[i : i + num_answers]) for i in range(0, len(firsts), num_answers)]
+        return sum(by_prompt) + sum(text.num_cached_tokens for text in self._further)
+
+    @property
+    def _further(self) -> list[ChoiceText]:
+        """All rounds but the first."""
+        return [text for choice in self.choices for text in choice.rounds[1:]]
 
     @property
     def is_over(self) -> bool:
@@ -201,9 +211,18 @@ class Answer:
         self._pending.clear()
         return news
 
-    async def _read(self, choice: ChoiceText) -> None:
+    def _text(self, index: int, request: GenerationRequest) -> ChoiceText:
+        return ChoiceText(
+            index,
+            request,
+            self._processor.detokenizer(),
+            AnswerParser(self._job.markup, StopStringFilter(self._job.stop)),
+            ShownTokens(self._processor.token_bytes) if request.sampling.num_logprobs is not None else None,
+        )
+
+    async def _read(self, choice: Choice) -> None:
         try:
-            await self._read_events(choice)
+            await self._read_rounds(choice)
         except Exception as e:
             self._error = self._error or e
         except asyncio.CancelledError:  # ours, and nobody listens any more; or the backend's, and that must be told
@@ -213,16 +232,28 @@ class Answer:
             self._num_running -= 1
             self._news.set()
 
-    async def _read_events(self, choice: ChoiceText) -> None:
+    async def _read_rounds(self, choice: Choice) -> None:
+        turns = self._rounds.begin(choice.last)
+        while True:
+            await self._read_events(choice.last, turns)
+            step = await turns.follow(choice.last)
+            if step is None:
+                return
+            self._publish(step.delta)
+            if step.request is None:
+                return
+            choice.rounds.append(self._text(choice.index, step.request))
+
+    async def _read_events(self, text: ChoiceText, turns: Turns) -> None:
         # "Closing the iterator early" is aclose(), which all async generators have.
-        events = cast("AsyncGenerator[list[TokenEvent]]", self._backend.generate(choice.request))
+        events = cast("AsyncGenerator[list[TokenEvent]]", self._backend.generate(text.request))
         async with aclosing(events):
             async for batch in events:
                 for event in batch:
-                    self._publish(choice.push(event))
-                    if choice.finish_reason is not None:
+                    self._publish(turns.shown(text.push(event)))
+                    if text.finish_reason is not None:
                         return
-        raise ReplicaError(f"the answer broke off after {choice.num_tokens} tokens without a reason")
+        raise ReplicaError(f"the answer broke off after {text.num_tokens} tokens without a reason")
 
     def _publish(self, delta: Delta) -> None:
         if self._error is not None:

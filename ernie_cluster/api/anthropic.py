@@ -95,7 +95,7 @@ class MessagesPresentation:
         }
 
     def _end(self, answer: Answer) -> dict[str, Any]:
-        stop_string = answer.choices[0].parser.stop_string
+        stop_string = answer.choices[0].stop_string
         if stop_string is not None:
             return _ending("stop_sequence", stop_string)
         return _ending(_STOP_REASONS[str(self._finish_reason)])
@@ -112,7 +112,7 @@ class MessagesPresentation:
         """Anthropic counts cached tokens apart from the rest of the input."""
         num_cached_tokens = answer.num_cached_tokens
         return {
-            "input_tokens": self._num_prompt_tokens - num_cached_tokens,
+            "input_tokens": answer.num_prompt_tokens - num_cached_tokens,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": num_cached_tokens,
             "output_tokens": answer.num_tokens,

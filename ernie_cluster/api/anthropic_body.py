@@ -24,13 +24,14 @@ from ernie_cluster.api.anthropic_blocks import (
     joined,
 )
 from ernie_cluster.api.schemas import ChatBody, Count, Name, StopString
+from ernie_cluster.api.tool_schemas import OwnTool, own_tool_tag
 from ernie_cluster.api.translate import Conversation, add_call, add_reasoning, as_chat
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, type_tag, validated
 from ernie_cluster.errors import InvalidRequest
 
 
 class Tool(Strict):
-    """A function that the model may call; tools that run on the server are not served."""
+    """A function that the model may call."""
 
     type: Literal["custom"] | None = None
     name: Name
@@ -41,6 +42,14 @@ class Tool(Strict):
     def chat(self) -> dict[str, Any]:
         described = {} if self.description is None else {"description": self.description}
         return {"type": "function", "function": {"name": self.name, **described, "parameters": self.input_schema}}
+
+
+class ServerTool(OwnTool):
+    """A tool that runs here."""
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        return {"type": self.type}
 
 
 class ToolChoice(Strict):
@@ -104,7 +113,18 @@ class PromptBody(Strict):
         ]
         | None
     ) = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: (
+        Annotated[
+            list[
+                Annotated[
+                    Annotated[Tool, Tag("<function>")] | Annotated[ServerTool, Tag("<own>")],
+                    Discriminator(own_tool_tag),
+                ]
+            ],
+            Field(fail_fast=True),
+        ]
+        | None
+    ) = None
     tool_choice: (
         Annotated[
             Annotated[NamedToolChoice, Tag("<tool>")] | Annotated[ToolChoice, Tag("<mode>")],

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from ernie_cluster.api.formats import NamedTool, StructuredOutputs
-from ernie_cluster.api.schemas import ChatBody, GenerationBody, Tool
+from ernie_cluster.api.schemas import ChatBody, GenerationBody
+from ernie_cluster.api.tool_schemas import AnyTool
 from ernie_cluster.errors import InvalidRequest
 from ernie_cluster.grammar import write
 from ernie_cluster.grammar.check import check
@@ -98,7 +99,7 @@ def _calls(body: ChatBody) -> str:
     )
 
 
-def _callable_tools(body: ChatBody) -> list[tuple[int, Tool]]:
+def _callable_tools(body: ChatBody) -> list[tuple[int, AnyTool]]:
     tools = list(enumerate(body.offered_tools))
     if not isinstance(body.tool_choice, NamedTool):
         if not tools:
@@ -111,7 +112,7 @@ def _callable_tools(body: ChatBody) -> list[tuple[int, Tool]]:
     return named
 
 
-def _parameters(index: int, tool: Tool) -> dict[str, Any]:
+def _parameters(index: int, tool: AnyTool) -> dict[str, Any]:
     schema = tool.function.parameters
     if schema is None:
         return _NO_ARGUMENTS

@@ -25,6 +25,7 @@ from ernie_cluster.api.media import Fetched, wanted_media
 from ernie_cluster.api.openai import encode
 from ernie_cluster.api.prepare import Job, prepare
 from ernie_cluster.api.processor import Processor
+from ernie_cluster.api.rounds import rounds_of, with_default_tools
 from ernie_cluster.api.service import Service
 from ernie_cluster.api.status import INTERNAL, status_of
 from ernie_cluster.api.stream import write_stream, write_whole
@@ -130,15 +131,17 @@ class Generation(Exchange):
         is_quick = is_quick and not body.has_format and not fetched
         job = await service.run(partial(self._prepare, asked, fetched, processor, heading, meter, guest), is_quick)
         look = asked.present(heading, job, [Span("preprocess", start_s, time.time() - start_s)])
+        rounds = rounds_of(body, job, processor, service, fetched, meter.start_s)
         del asked, body, fetched
         backend = guest.pay(job, service.backend)
         meter.prepared(job.num_prompt_tokens)
         self._look = look
-        async with Answer(backend, job, processor) as answer:
+        async with Answer(backend, job, processor, rounds) as answer:
             if job.is_stream:
                 await write_stream(wire, answer, look, meter, lambda: service.traffic.num_streams)
             else:
                 await write_whole(wire, answer, look, meter)
+            meter.further(answer.num_prompt_tokens - job.num_prompt_tokens)
             meter.cached(answer.num_cached_tokens)
 
     def _read(self, raw: bytes) -> Asked:
@@ -146,7 +149,7 @@ class Generation(Exchange):
         asked = self._dialect.read(given)
         if self._is_strict:
             refuse_unknown(self._dialect.body_type, given)
-        return asked
+        return with_default_tools(asked, self._service.default_tools)
 
     async def _fetch(self, asked: Asked) -> Fetched:
         try:

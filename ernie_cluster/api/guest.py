@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import cast
 
@@ -13,9 +13,6 @@ from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.ratelimit import Amounts, Budget
 from ernie_cluster.errors import Overloaded, ReplicaError
 from ernie_cluster.request import GenerationRequest, TokenEvent
-
-PATCH_PIXELS = 14 * 14
-"""See `MediaInput.grid_thw`."""
 
 _GUEST = "ernie_cluster.guest"
 
@@ -45,7 +42,7 @@ class Guest:
             return backend
         price = price_of(job)
         self._budget.take(price)
-        return PaidBackend(backend, self._budget, price)
+        return PaidBackend(backend, self._budget, price, frozenset(r.request_id for r in job.requests))
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What is left, for the response."""
@@ -68,31 +65,41 @@ def scope_of(scope: Scope, guest: Guest) -> Scope:
 
 def price_of(job: Job) -> Amounts:
     """Prompt tokens and pixels; each prompt counts once, however many answers it gets."""
-    prompts = job.requests[:: job.num_answers]
-    num_patches = sum(t * h * w for request in prompts for t, h, w in (m.grid_thw for m in request.media))
-    return {"tokens": job.num_prompt_tokens, "pixels": num_patches * PATCH_PIXELS}
+    return _price_of(job.requests[:: job.num_answers])
+
+
+def _price_of(prompts: Sequence[GenerationRequest]) -> Amounts:
+    num_pixels = sum(media.num_pixels for request in prompts for media in request.media)
+    return {"tokens": sum(request.num_prompt_tokens for request in prompts), "pixels": num_pixels}
 
 
 class PaidBackend:
-    """The backend for one job whose prompt is paid for: charges the answer, and gives back what got none."""
+    """The backend for one job whose prompt is paid for: charges the answer, and gives back what got none.
 
-    def __init__(self, backend: Backend, budget: Budget, price: Amounts) -> None:
+    Prompts of further rounds, which the job did not know of, are charged as they come.
+    """
+
+    def __init__(self, backend: Backend, budget: Budget, price: Amounts, paid_ids: frozenset[str]) -> None:
         self._backend = backend
         self._budget = budget
         self._price: Amounts = price
+        self._paid_ids = paid_ids
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent]]:
         # `Backend.generate` is closed early by aclose(), see `Answer`
         events = cast("AsyncGenerator[list[TokenEvent]]", self._backend.generate(request))
+        further: Amounts = {} if request.request_id in self._paid_ids else _price_of([request])
+        self._budget.charge(further)
         try:
             async with aclosing(events):
                 async for batch in events:
-                    self._price = {}  # work was done for it
+                    self._price = further = {}  # work was done for it
                     self._budget.charge({"tokens": sum(len(event.token_ids) for event in batch)})
                     yield batch
         except (Overloaded, ReplicaError):
             price, self._price = self._price, {}
             self._budget.refund(price)
+            self._budget.refund(further)
             raise
 
     async def status(self) -> list[ModelStatus]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from importlib.metadata import version
@@ -55,6 +55,7 @@ def create_app(
     metrics: Metrics,
     guard: Guard | None = None,
     fetcher: Fetcher | None = None,
+    default_tools: Sequence[str] = (),
 ) -> FastAPI:
     """The ASGI app.
 
@@ -65,8 +66,9 @@ def create_app(
         metrics: where measurements go, and what `/metrics` shows.
         guard: who may come in; None lets everybody in.
         fetcher: of media that are named by URL; None fetches nothing. Closed when the app shuts down.
+        default_tools: of our own, offered in chats that say nothing of tools.
     """
-    service = Service(backend, processors, limits, metrics, fetcher)
+    service = Service(backend, processors, limits, metrics, fetcher, default_tools)
     gauges = ReplicaGauges(backend, metrics, time.monotonic)
 
     @asynccontextmanager

@@ -32,6 +32,10 @@ class ApiLimits:
     """Most stop strings."""
     max_grammar_bytes: int = 65_536
     """Longest schema, regular expression or list of choices that an answer must fit."""
+    max_tool_rounds: int = 6
+    """Times that one answer may call tools that run here, and go on."""
+    max_tool_pixels: int = 16_000_000
+    """Of all pictures together, as the model sees them, that these tools may add to one answer's prompt."""
     default_max_tokens: int = 256
     """Answer length when the client names none; the rest of the context where that is smaller."""
     request_timeout_s: float = 600.0

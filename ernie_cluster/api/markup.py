@@ -16,8 +16,9 @@ Knows no tokens, no HTTP and no OpenAI object.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ernie_cluster.api.stops import StopStringFilter
 from ernie_cluster.api.tool_calls import (
@@ -61,6 +62,20 @@ class CallPiece:
     """Characters of the answer's content that stand before the call; valid with the call's first piece."""
 
 
+@dataclass(frozen=True, slots=True)
+class OwnCall:
+    """A call that the server itself has run, or why it has not."""
+
+    index: int
+    """Among the own calls of its answer, all rounds together."""
+    call_id: str
+    name: str
+    arguments: str
+    """As the model wrote them."""
+    result: Mapping[str, Any]
+    """JSON values: `text`, `error`, `images` and what else the tool tells."""
+
+
 @dataclass(slots=True)
 class Pieces:
     """What a stretch of an answer adds to each of its parts."""
@@ -69,9 +84,10 @@ class Pieces:
     reasoning: str = ""
     calls: list[CallPiece] = field(default_factory=list)
     """By index; at most one piece of each call."""
+    own_calls: list[OwnCall] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.content or self.reasoning or self.calls)
+        return bool(self.content or self.reasoning or self.calls or self.own_calls)
 
     def add(self, later: Pieces) -> None:
         """Append what came later, whose calls are taken over."""
@@ -82,6 +98,7 @@ class Pieces:
                 self.calls[-1].arguments += call.arguments
             else:
                 self.calls.append(call)
+        self.own_calls += later.own_calls
 
 
 class AnswerParser:

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from ernie_cluster.api.answer import Answer, ChoiceText, Delta
+from ernie_cluster.api.answer import Answer, Delta
 from ernie_cluster.api.dialect import Asked, Heading
 from ernie_cluster.api.logprobs import chat_logprobs, completion_logprobs
-from ernie_cluster.api.markup import CallPiece
+from ernie_cluster.api.markup import CallPiece, OwnCall
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.schemas import ChatBody, CompletionBody, parse_body
 from ernie_cluster.api.status import error_body
+from ernie_cluster.api.turns import Choice
 from ernie_cluster.request import Span
 
 
@@ -37,6 +38,8 @@ class ChatForm:
             message["reasoning_content"] = pieces.reasoning
         if pieces.calls:
             message["tool_calls"] = [_call(heading, answer.index, call) for call in pieces.calls]
+        if pieces.own_calls:
+            message["builtin_tool_calls"] = [_own_call(call) for call in pieces.own_calls]
         logprobs = None if answer.tokens is None else chat_logprobs(answer.tokens)
         return {
             "index": answer.index,
@@ -54,6 +57,8 @@ class ChatForm:
             news["reasoning_content"] = pieces.reasoning
         if pieces.calls:
             news["tool_calls"] = [{"index": c.index, **_call(heading, delta.index, c)} for c in pieces.calls]
+        if pieces.own_calls:
+            news["builtin_tool_calls"] = [{"index": c.index, **_own_call(c)} for c in pieces.own_calls]
         logprobs = chat_logprobs(delta.tokens) if delta.tokens else None
         return {"index": delta.index, "delta": news, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
@@ -64,6 +69,11 @@ def _call(heading: Heading, choice: int, call: CallPiece) -> dict[str, Any]:
         return {"function": {"arguments": call.arguments}}
     call_id = f"call_{heading.response_id.removeprefix(CHAT.id_prefix)}_{choice}_{call.index}"
     return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _own_call(call: OwnCall) -> dict[str, Any]:
+    """A call that has been run here; it comes in one piece, and no client has to answer it."""
+    return {"id": call.call_id, "type": call.name, "arguments": call.arguments, "result": dict(call.result)}
 
 
 class CompletionForm:
@@ -142,7 +152,7 @@ class OpenAiPresentation:
         return body
 
     def _usage(self, answer: Answer) -> dict[str, Any]:
-        return usage_of(self._job, answer)
+        return usage_of(answer)
 
     def _timeline(self, answer: Answer) -> list[dict[str, Any]] | None:
         """The stages of the journey, if they were asked for."""
@@ -178,22 +188,22 @@ def trailer(
     return body | {name: value for name, value in extra.items() if value is not None}
 
 
-def usage_of(job: Job, answer: Answer) -> dict[str, Any]:
+def usage_of(answer: Answer) -> dict[str, Any]:
     """Token counts."""
     return {
-        "prompt_tokens": job.num_prompt_tokens,
+        "prompt_tokens": answer.num_prompt_tokens,
         "completion_tokens": answer.num_tokens,
-        "total_tokens": job.num_prompt_tokens + answer.num_tokens,
+        "total_tokens": answer.num_prompt_tokens + answer.num_tokens,
         "prompt_tokens_details": {
             "cached_tokens": answer.num_cached_tokens,
-            "image_tokens": job.num_media_tokens("image"),
-            "video_tokens": job.num_media_tokens("video"),
+            "image_tokens": answer.num_media_tokens("image"),
+            "video_tokens": answer.num_media_tokens("video"),
         },
         "completion_tokens_details": {"reasoning_tokens": answer.num_reasoning_tokens},
     }
 
 
-def timeline_of(own: Iterable[Span], choices: Sequence[ChoiceText]) -> list[dict[str, Any]]:
+def timeline_of(own: Iterable[Span], choices: Sequence[Choice]) -> list[dict[str, Any]]:
     """The stages of a request's journey by start time; with several choices, each backend stage says whose it is."""
     stages = [_stage(span) for span in own]
     for choice in choices:

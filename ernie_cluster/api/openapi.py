@@ -31,6 +31,7 @@ from ernie_cluster.api.shapes_messages import MessageAnswer, MessagesEvent
 from ernie_cluster.api.shapes_openai import ChatAnswer, ChatEvent, CompletionAnswer, CompletionEvent
 from ernie_cluster.api.shapes_responses import Response, ResponsesEvent
 from ernie_cluster.api.status import INTERNAL, TABLE, is_anthropic
+from ernie_cluster.api.unsupported import UNSUPPORTED
 
 Schema = dict[str, Any]
 

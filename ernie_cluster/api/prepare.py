@@ -178,14 +178,19 @@ def chat_prompt(
     add_generation_prompt: bool = True,
     salt: bytes = b"",
     fetched: Fetched | None = None,
+    messages: list[dict[str, Any]] | None = None,
 ) -> GenerationRequest:
-    """The request that a conversation makes; arguments and errors as of `Processor.chat` and `prepare`."""
+    """The request that a conversation makes; arguments and errors as of `Processor.chat` and `prepare`.
+
+    Args:
+        messages: the conversation, where it has grown beyond the body's.
+    """
     return processor.chat(
-        attach([m.model_dump(exclude_none=True) for m in body.messages], fetched or {}),
+        attach(body.dumped_messages if messages is None else messages, fetched or {}),
         request_id=request_id,
         sampling=sampling,
         enable_thinking=body.thinking,
-        tools=[t.model_dump(exclude_none=True) for t in body.offered_tools] or None,
+        tools=[t.definition for t in body.offered_tools] or None,
         timeout_s=timeout_s,
         add_generation_prompt=add_generation_prompt,
         cache_salt=salt,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ernie_cluster.request import GenerationRequest, SamplingParams, ThinkingLimit
+from ernie_cluster.request import GenerationRequest, MediaInput, SamplingParams, ThinkingLimit
 
 
 class Detokenizer(Protocol):
@@ -62,7 +62,7 @@ class Processor(Protocol):
 
         Args:
             messages: OpenAI's form; content is a string, None, or parts of type `text`, `image_url` and `video_url`.
-                What was fetched stands as `content` beside its `url`.
+                What was fetched stands as `content` beside its `url`, and where a tool zoomed in, so do `regions`.
             request_id: unique among all requests.
             sampling: carried over; its `max_tokens` is 1, the caller settles it when the prompt's length is known.
             enable_thinking: True or False where the model can think aloud or not; None leaves it to the template.
@@ -84,6 +84,10 @@ class Processor(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 that a token stands for, maybe a part of a character; b"" for an id that is no token."""
+        ...
+
+    def thumbnail(self, media: MediaInput) -> str:
+        """A small picture for people, of a picture that the model sees; a data URL."""
         ...
 
     def opens_reasoning(self, request: GenerationRequest) -> bool:

@@ -33,6 +33,10 @@ class Responses:
         return Asked(chat, partial(ResponsesPresentation, echo_of(body, raw)), origins)
 
 
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"function": {"parameters": None, "strict": None}}
+"""Of a tool's fields, by its type."""
+
+
 def echo_of(body: ResponsesBody, raw: Mapping[str, Any]) -> dict[str, Any]:
     """What a response repeats of its request, with the values that took the place of absent ones."""
     return {
@@ -47,7 +51,7 @@ def echo_of(body: ResponsesBody, raw: Mapping[str, Any]) -> dict[str, Any]:
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": {"format": {"type": "text"}} | (raw.get("text") or {}),
         "tool_choice": raw.get("tool_choice") or "auto",
-        "tools": [{"parameters": None, "strict": None} | tool for tool in raw.get("tools") or ()],
+        "tools": [_DEFAULTS.get(tool["type"], {}) | tool for tool in raw.get("tools") or ()],
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "user": body.user,
@@ -195,7 +199,7 @@ class ResponsesPresentation:
         return {"type": "message", **head, "role": "assistant", "content": [_part(block)]}
 
     def _usage(self, answer: Answer) -> dict[str, Any]:
-        num_prompt_tokens, num_tokens = self._job.num_prompt_tokens, answer.num_tokens
+        num_prompt_tokens, num_tokens = answer.num_prompt_tokens, answer.num_tokens
         return {
             "input_tokens": num_prompt_tokens,
             "input_tokens_details": {"cached_tokens": answer.num_cached_tokens, "cache_write_tokens": 0},

@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, Tag
 
 from ernie_cluster.api.responses_items import AssistantMessage, CallItem, InputMessage, Item, ReasoningItem, ResultItem
 from ernie_cluster.api.schemas import ChatBody, Count, Name
+from ernie_cluster.api.tool_schemas import OwnTool, own_tool_tag
 from ernie_cluster.api.translate import Conversation, add_call, add_reasoning, as_chat
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, validated
 from ernie_cluster.errors import InvalidRequest
@@ -70,7 +71,18 @@ class ResponsesBody(Strict):
         Discriminator(list_tag),
     ]
     instructions: str | None = None
-    tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = None
+    tools: (
+        Annotated[
+            list[
+                Annotated[
+                    Annotated[FunctionTool, Tag("<function>")] | Annotated[OwnTool, Tag("<own>")],
+                    Discriminator(own_tool_tag),
+                ]
+            ],
+            Field(fail_fast=True),
+        ]
+        | None
+    ) = None
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[FunctionChoice, Tag("<object>")],
@@ -139,7 +151,7 @@ def _chat_fields(body: ResponsesBody) -> dict[str, Any]:
     choice = body.tool_choice
     return {
         "model": body.model,
-        "tools": body.tools and [{"type": "function", "function": _function(tool)} for tool in body.tools],
+        "tools": body.tools and [_tool(tool) for tool in body.tools],
         "tool_choice": {"type": "function", "function": {"name": choice.name}}
         if isinstance(choice, FunctionChoice)
         else choice,
@@ -154,8 +166,10 @@ def _chat_fields(body: ResponsesBody) -> dict[str, Any]:
     }
 
 
-def _function(tool: FunctionTool) -> dict[str, Any]:
-    return tool.model_dump(exclude_none=True, exclude={"type"})
+def _tool(tool: FunctionTool | OwnTool) -> dict[str, Any]:
+    if isinstance(tool, OwnTool):
+        return {"type": tool.type}
+    return {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
 
 
 def _conversation(body: ResponsesBody) -> Conversation:

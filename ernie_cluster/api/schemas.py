@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, SkipValidation, Tag
 
 from ernie_cluster.api.formats import Choices, Regex, ResponseFormat, StructuredOutputs, ToolChoice
+from ernie_cluster.api.tool_schemas import AnyTool, check_tool_names
 from ernie_cluster.api.unsupported import UNSUPPORTED
 from ernie_cluster.api.validate import Strict, Unread, list_tag, refuse_unsupported, shortened, type_tag, validated
 from ernie_cluster.errors import InvalidRequest
@@ -189,21 +190,6 @@ class ToolCall(Strict):
     function: CalledFunction
 
 
-class Function(Strict):
-    """A function that the model may call; `parameters` is a JSON schema, which only the template reads."""
-
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(Strict):
-    """OpenAI's wrapping of a function."""
-
-    type: Literal["function"]
-    function: Function
-
-
 class Message(Strict):
     """One turn."""
 
@@ -222,7 +208,7 @@ class ChatBody(GenerationBody):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[AnyTool], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     """False: at most one call."""
@@ -240,6 +226,13 @@ class ChatBody(GenerationBody):
         ),
     ] = None
     """A thought that is longer is ended; also in vLLM's and FastDeploy's spelling. Without a thought it does nothing."""
+    include_tool_results: bool | None = None
+    """Ours: attach the pictures that our own tools made for the model, small."""
+
+    @property
+    def dumped_messages(self) -> list[dict[str, Any]]:
+        """The messages as a processor takes them."""
+        return [message.model_dump(exclude_none=True) for message in self.messages]
 
     @property
     def thinking(self) -> bool | None:
@@ -264,7 +257,7 @@ class ChatBody(GenerationBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def offered_tools(self) -> list[Tool]:
+    def offered_tools(self) -> list[AnyTool]:
         """Those that the model is told of and may call."""
         return [] if self.tool_choice == "none" else self.tools or []
 
@@ -301,6 +294,7 @@ def parse_body(kind: type[B], raw: dict[str, Any]) -> B:
             raise InvalidRequest("top_logprobs is only for logprobs: true", "top_logprobs")
         _check_contents(body.messages)
         _check_tool_answers(body.messages)
+        check_tool_names(body.tools or [])
     return body
 
 

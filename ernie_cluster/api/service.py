@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from starlette.responses import Response
@@ -40,11 +40,13 @@ class Service:
         limits: ApiLimits,
         metrics: Metrics,
         fetcher: Fetcher | None = None,
+        default_tools: Sequence[str] = (),
     ) -> None:
         self.backend = backend
         self.processors = processors
         self.limits = limits
         self.fetcher = fetcher or Fetcher()
+        self.default_tools = default_tools
         self.workers = Workers(limits.preprocess_threads, limits.max_preparing)
         self.traffic = Traffic(metrics, time.monotonic, limits.max_in_flight)
         self._created = int(time.time())

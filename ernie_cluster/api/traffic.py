@@ -72,6 +72,10 @@ class Meter:
         times.last_s = now
         times.num_tokens += delta.num_tokens
 
+    def further(self, num_prompt_tokens: int) -> None:
+        """Prompts of an answer's further rounds."""
+        self._inc("ernie_prompt_tokens_total", num_prompt_tokens)
+
     def cached(self, num_tokens: int) -> None:
         """Prompt tokens that the answer's end reports as found in a cache."""
         self._inc("ernie_cached_prompt_tokens_total", num_tokens)

@@ -297,6 +297,13 @@ class ApiConfig:
     """Whether `media_hosts` may have private and loopback addresses."""
     media_timeout_s: float = 20.0
     """Most that fetching one URL may take, more than 0."""
+    builtin_tools: tuple[Literal["image_zoom_in_tool", "calculator"], ...] = ()
+    """Tools that the server runs itself, offered to the model in chats that say nothing of tools; others ask for them by
+    name."""
+    max_tool_rounds: int = 6
+    """Times that one answer may call such tools and go on, at least 1."""
+    max_tool_pixels: int = 16_000_000
+    """Pixels of all pictures that they may add to one answer's prompt, as the model sees them; at least 1."""
     keys_file: str | None = None
     """YAML list of `ApiKey`, an absolute path on each node with an API replica; a change of it counts after a second.
     None = no key is needed."""
@@ -315,7 +322,8 @@ class ApiConfig:
             self, 1, "num_replicas", "max_body_bytes", "max_image_bytes", "max_image_pixels", "max_video_bytes"
         )
         _check_range(self, 2, "max_video_frames")
-        _check_range(self, 1, "default_max_tokens", "preprocess_threads")
+        _check_range(self, 1, "default_max_tokens", "preprocess_threads", "max_tool_rounds", "max_tool_pixels")
+        _check_unique("builtin_tools:", self.builtin_tools)
         _check_range(self, 0, "max_images", "max_videos", "decode_processes", "media_cache_bytes")
         _check_range(self, 512 * MIB, "decode_memory_bytes")
         _check_range(self, 8, "max_json_depth")

@@ -19,6 +19,7 @@ from ernie_cluster.inputs.images import PixelConfig, PreparedMedia
 from ernie_cluster.inputs.messages import MapMedia, Message, PromptLimits, Settings, check_text, read_messages
 from ernie_cluster.inputs.positions import mrope_positions
 from ernie_cluster.inputs.template import ChatTemplate, Segment
+from ernie_cluster.inputs.thumbnail import thumbnail_url
 from ernie_cluster.inputs.tokenizer import IncrementalDecoder, Tokenizer, end_token_ids
 from ernie_cluster.request import GenerationRequest, MediaInput, SamplingParams, ThinkingLimit
 
@@ -102,6 +103,10 @@ class ChatProcessor:
     def token_bytes(self, token_id: int) -> bytes:
         """See `Tokenizer.token_bytes`."""
         return self.tokenizer.token_bytes(token_id)
+
+    def thumbnail(self, media: MediaInput) -> str:
+        """See `thumbnail_url`."""
+        return thumbnail_url(media, self.pixels)
 
     def opens_reasoning(self, request: GenerationRequest) -> bool:
         """Whether the prompt ends where the model's reasoning begins, so that the answer goes on inside it.

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ernie_cluster.builtin.pictures import Region, pixel_box
 from ernie_cluster.errors import CheckpointError, InvalidRequest
 from ernie_cluster.request import MediaKind, hash_media
 
@@ -220,9 +221,26 @@ def to_patches(
     return np.ascontiguousarray(blocks).reshape(t * h * w, 3 * p * p), (t, h, w)
 
 
-def prepare_image(data: bytes, config: PixelConfig, limits: ImageLimits) -> PreparedMedia:
-    """Decode, resize, cut and hash one image; raises InvalidRequest as `open_image` does."""
-    return prepared("image", *to_patches([open_image(data, limits)], config), config)
+def to_image(patches: NDArray[np.uint8], grid_thw: tuple[int, int, int], config: PixelConfig) -> Image.Image:
+    """The resized picture, or first frame, of which `to_patches` made these patches."""
+    p, m = config.patch_size, config.merge_size
+    _, h, w = grid_thw
+    blocks = patches[: h * w].reshape(h // m, w // m, m, m, 3, p, p).transpose(0, 2, 5, 1, 3, 6, 4)
+    return Image.fromarray(np.ascontiguousarray(blocks).reshape(h * p, w * p, 3))
+
+
+def prepare_image(
+    data: bytes, config: PixelConfig, limits: ImageLimits, regions: Sequence[Region] = ()
+) -> PreparedMedia:
+    """Decode, crop to the region of its region and so on, resize, cut and hash one image.
+
+    Raises:
+        InvalidRequest, MemoryError: as `open_image` does.
+    """
+    image = open_image(data, limits)
+    for region in regions:
+        image = image.crop(pixel_box(region, image.size))
+    return prepared("image", *to_patches([image], config), config)
 
 
 def prepared(

@@ -80,7 +80,10 @@ def cached(cache: MediaCache, map_media: MapMedia) -> MapMedia:
 
 def media_key(settings: Settings, media: Media) -> bytes:
     """SHA-256 over all that the patches depend on, and whose they are; 32 bytes."""
-    wishes = () if isinstance(media, Picture) else (media.fps, media.min_frames, media.max_frames, media.source_fps)
+    if isinstance(media, Picture):
+        wishes: tuple[object, ...] = media.regions
+    else:
+        wishes = (media.fps, media.min_frames, media.max_frames, media.source_fps)
     is_file = media.content is not None
     digest = hashlib.sha256(repr((media.kind, wishes, is_file, settings)).encode() + b"\0")
     digest.update(media.content if media.content is not None else media.url.encode("utf-8", "surrogatepass"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ernie_cluster.builtin.pictures import Region
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
 from ernie_cluster.inputs.clip import VideoLimits
 from ernie_cluster.inputs.data_url import decode_base64, parse_data_url, split_data_url
@@ -77,6 +78,8 @@ class Picture:
     """A data URL, unless there is `content`."""
     content: bytes | None = None
     """The file, where the API has fetched it."""
+    regions: tuple[Region, ...] = ()
+    """What is to be seen of it, where a tool has zoomed in: the region of its region, and so on."""
     kind: ClassVar[MediaKind] = "image"
 
     def prepare(self, settings: Settings) -> PreparedMedia:
@@ -86,7 +89,7 @@ class Picture:
             mime, data = parse_data_url(self.url, max_bytes=limits.max_bytes)
             if not mime.startswith("image/"):
                 raise InvalidRequest(f"the data URL is of type {mime}; send an image", code="invalid_image")
-        return prepare_image(data, settings.pixels, limits)
+        return prepare_image(data, settings.pixels, limits, self.regions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +233,7 @@ def _read_part(part: Message, param: str, part_types: Mapping[MediaKind, str], m
         raise InvalidRequest("this model reads text only; leave pictures and videos out", param)
     given = part[kind]
     if kind == "image_url":
-        media.append(Picture(f"{param}.{kind}", given["url"], given.get("content")))
+        media.append(Picture(f"{param}.{kind}", given["url"], given.get("content"), given.get("regions", ())))
         return {"type": part_types["image"]}
     wishes = (given.get(name) for name in ("fps", "min_frames", "max_frames", "source_fps", "content"))
     media.append(Video(f"{param}.{kind}", given["url"], *wishes))

@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 
+from ernie_cluster.builtin.calculator import calculate
 from ernie_cluster.skills.sample import Box, Sample, ToolCall
-from ernie_cluster.skills.tools import calculate
 
 MIN_IOU = 0.5
 """Least overlap of a box with the right one."""

@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import operator
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ernie_cluster.builtin import calculator, zoom
+from ernie_cluster.builtin.base import Definition, function
+from ernie_cluster.builtin.pictures import pixel_box, read_region
+from ernie_cluster.builtin.turns import Called, turn_of
 from ernie_cluster.skills import phrases
 from ernie_cluster.skills.looking import Question
 from ernie_cluster.skills.reading import Sum, typed_form
 from ernie_cluster.skills.sample import Box, Picture, Sample, ToolCall, content
 from ernie_cluster.skills.words import spoken
 
-Tool = Mapping[str, Any]
+Tool = Definition
 
-
-def function(name: str, description: str, properties: Mapping[str, Any], required: Sequence[str]) -> Tool:
-    """An OpenAI-shaped definition."""
-    parameters = {"type": "object", "properties": dict(properties), "required": list(required)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
-
-
-CALCULATOR = function(
-    "calculator",
-    "Evaluates an arithmetic expression.",
-    {"expression": {"type": "string", "description": "For example 12*34."}},
-    ["expression"],
-)
-ZOOM = function(
-    "image_zoom_in_tool",
-    "Zooms into a region of the image by cropping it, to see more.",
-    {
-        "bbox_2d": {
-            "type": "array",
-            "items": {"type": "number"},
-            "minItems": 4,
-            "maxItems": 4,
-            "description": "The region [x1, y1, x2, y2], in 0-1000 of the width and height.",
-        },
-        "label": {"type": "string", "description": "The name of the object."},
-    },
-    ["bbox_2d"],
-)
+CALCULATOR, ZOOM = calculator.CALCULATOR, zoom.ZOOM
+"""Servers may run these two themselves: samples offer the very same."""
 WEATHER = function("get_weather", "Tells the weather in a city.", {"city": {"type": "string"}}, ["city"])
 
 CITIES = (
@@ -64,38 +40,6 @@ _WEATHER_PHRASES = (
 )
 _SKIES = ("sunny", "cloudy", "rain", "snow", "fog", "wind")
 
-_SIGNS: Mapping[type[ast.operator], Callable[[float, float], float]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
-
-
-def calculate(expression: str) -> str:
-    """The value of a sum, difference, product or quotient of numbers; whole ones without a point.
-
-    Raises:
-        ValueError: anything else, or a division by zero.
-    """
-    if not isinstance(expression, str) or len(expression) > 200:
-        raise ValueError("an expression is a text of at most 200 characters")
-    try:
-        value = _value(ast.parse(expression.replace("×", "*"), mode="eval").body)
-        return str(int(value)) if value == int(value) else str(value)
-    except (SyntaxError, ArithmeticError, RecursionError, MemoryError) as e:
-        raise ValueError(f"{expression!r} cannot be evaluated: {e}") from None
-
-
-def _value(node: ast.expr) -> float:
-    if isinstance(node, ast.BinOp) and type(node.op) in _SIGNS:
-        return _SIGNS[type(node.op)](_value(node.left), _value(node.right))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
-        return node.value
-    raise ValueError("only numbers, + - * / and brackets are evaluated")
-
 
 def crop(picture: Picture, bbox_2d: Sequence[float]) -> Picture:
     """The region of a picture; `bbox_2d` in thousandths of its sides.
@@ -103,14 +47,7 @@ def crop(picture: Picture, bbox_2d: Sequence[float]) -> Picture:
     Raises:
         ValueError: not four numbers, or an empty region.
     """
-    if len(bbox_2d) != 4 or not all(isinstance(v, (int, float)) for v in bbox_2d):
-        raise ValueError(f"bbox_2d {list(bbox_2d)} is not four numbers")
-    width, height = picture.image.size
-    x0, y0, x1, y1 = (min(1000.0, max(0.0, v)) / 1000 for v in bbox_2d)
-    box = (int(x0 * width), int(y0 * height), round(x1 * width), round(y1 * height))
-    if box[2] - box[0] < 2 or box[3] - box[1] < 2:
-        raise ValueError(f"bbox_2d {list(bbox_2d)} holds no pixels")
-    return Picture(picture.image.crop(box))
+    return Picture(picture.image.crop(pixel_box(read_region(bbox_2d), picture.image.size)))
 
 
 def next_turn(sample: Sample, calls: Sequence[ToolCall], *, reasoning: str = "") -> Sample | None:
@@ -131,14 +68,9 @@ def next_turn(sample: Sample, calls: Sequence[ToolCall], *, reasoning: str = "")
         result = run(sample, call)
     except (ValueError, KeyError, TypeError):
         return None
-    encoded = json.dumps(dict(call.arguments), ensure_ascii=False)
-    wire_call = {"id": "call-1", "type": "function", "function": {"name": call.name, "arguments": encoded}}
-    assistant = {"role": "assistant", "content": "", "tool_calls": [wire_call]}
-    if reasoning:
-        assistant["reasoning_content"] = reasoning
-    tool = {"role": "tool", "tool_call_id": "call-1", "content": result}
+    called = Called("call-1", call.name, json.dumps(dict(call.arguments), ensure_ascii=False))
     thought = "I have the result." if sample.reasoning else ""
-    messages = (*sample.messages, assistant, tool)
+    messages = (*sample.messages, *turn_of([called], [result], reasoning=reasoning))
     return replace(sample, messages=messages, tool_call=None, target=None, reasoning=thought)
 
 
@@ -151,7 +83,7 @@ def run(sample: Sample, call: ToolCall) -> str | list[dict[str, Any]]:
     if call.name not in {tool["function"]["name"] for tool in sample.tools}:
         raise ValueError(f"no tool {call.name!r} is offered")
     if call.name == "calculator":
-        return calculate(call.arguments["expression"])
+        return calculator.calculate(call.arguments["expression"])
     if call.name == "image_zoom_in_tool":
         if not sample.pictures:
             raise ValueError("there is no picture to zoom into")

@@ -33,11 +33,18 @@ class Server:
     metrics: InMemoryMetrics = field(default_factory=InMemoryMetrics)
     guard: Guard | None = None
     fetcher: Fetcher | None = None
+    default_tools: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         name = self.processor.served_name
         self.app: FastAPI = create_app(
-            self.backend, {name: self.processor}, self.limits, self.metrics, self.guard, self.fetcher
+            self.backend,
+            {name: self.processor},
+            self.limits,
+            self.metrics,
+            self.guard,
+            self.fetcher,
+            self.default_tools,
         )
 
     @asynccontextmanager

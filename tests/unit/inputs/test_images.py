@@ -22,8 +22,11 @@ from ernie_cluster.inputs.images import (
     open_image,
     prepare_image,
     smart_resize,
+    to_image,
     to_patches,
 )
+from ernie_cluster.inputs.thumbnail import MAX_SIDE, thumbnail_url
+from ernie_cluster.request import MediaInput
 
 Encoded = Callable[..., bytes]
 LIMITS = ImageLimits()
@@ -342,3 +345,38 @@ def test_unusable_pixel_config(tmp_path: Path, content: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
         PixelConfig.from_folder(tmp_path)
+
+
+# Regions, and the way back
+
+
+def test_a_region_is_cut_from_the_full_picture_before_it_is_resized(encoded: Encoded) -> None:
+    image = noise((900, 700))
+    quarter, inner = (0.0, 0.0, 500.0, 500.0), (500.0, 0.0, 1000.0, 1000.0)
+    zoomed = prepare_image(encoded(image), TINY, LIMITS, (quarter, inner))
+    cropped = prepare_image(encoded(image.crop((225, 0, 450, 350))), TINY, LIMITS)
+    assert zoomed.media_hash == cropped.media_hash
+    assert zoomed.grid_thw == cropped.grid_thw
+    assert prepare_image(encoded(image), TINY, LIMITS).media_hash != zoomed.media_hash
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (3, 2)])
+def test_a_region_of_a_picture_of_hardly_any_pixels(size: tuple[int, int], encoded: Encoded) -> None:
+    tiny = (999.0, 999.0, 1000.0, 1000.0)
+    assert prepare_image(encoded(noise(size)), TINY, LIMITS, (tiny, tiny)).num_tokens >= 4
+
+
+@pytest.mark.parametrize("size", [(56, 84), (112, 56)])
+def test_patches_can_be_looked_at(size: tuple[int, int]) -> None:
+    image = noise(size)
+    patches, grid = to_patches([image], TINY)
+    assert to_image(patches, grid, TINY).tobytes() == image.tobytes()
+
+
+def test_a_thumbnail_is_small() -> None:
+    patches, grid = to_patches([Image.new("RGB", (1120, 280), "red")], PixelConfig())
+    url = thumbnail_url(MediaInput("image", b"", grid, 0, 1, patches), PixelConfig())
+    mime, content = parse_data_url(url)
+    shown = Image.open(io.BytesIO(content))
+    assert (mime, shown.format, shown.size) == ("image/jpeg", "JPEG", (MAX_SIDE, MAX_SIDE // 4))
+    assert shown.convert("RGB").getpixel((9, 9)) == pytest.approx((254, 0, 0), abs=3)
