@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -13,9 +14,11 @@ from starlette.exceptions import HTTPException
 
 from ernie_cluster.api.anthropic import MESSAGES
 from ernie_cluster.api.backend import Backend
+from ernie_cluster.api.body import parse_object
 from ernie_cluster.api.dialect import Dialect
-from ernie_cluster.api.exchange import Generation, Lookup, log_error
+from ernie_cluster.api.exchange import Exchange, log_error
 from ernie_cluster.api.fetcher import Fetcher
+from ernie_cluster.api.generation import Generation, Lookup, Work
 from ernie_cluster.api.guard import Door, Guard
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.middleware import Boundary, HeaderLimit
@@ -28,7 +31,7 @@ from ernie_cluster.api.tokens import Query, count_tokens, detokenize, tokenize
 from ernie_cluster.errors import ErnieClusterError
 from ernie_cluster.observe.metrics import Metrics
 
-DIALECTS: Mapping[str, Dialect] = {
+DIALECTS: Mapping[str, Dialect[dict[str, Any]]] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
     "/v1/responses": RESPONSES,
@@ -51,6 +54,7 @@ def create_app(
     metrics: Metrics,
     guard: Guard | None = None,
     fetcher: Fetcher | None = None,
+    beside: Callable[[Service], AbstractAsyncContextManager[object]] | None = None,
 ) -> FastAPI:
     """The ASGI app.
 
@@ -61,12 +65,14 @@ def create_app(
         metrics: where measurements go, and what `/metrics` shows.
         guard: who may come in; None lets everybody in.
         fetcher: of media that are named by URL; None fetches nothing. Closed when the app shuts down.
+        beside: another face of the same service, there as long as the app runs.
     """
     service = Service(backend, processors, limits, metrics, fetcher)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with nullcontext() if beside is None else beside(service):
+            yield
         service.workers.close()
         await service.fetcher.close()
         await backend.close()
@@ -80,9 +86,9 @@ def create_app(
         app.add_exception_handler(kind, _on_error)
 
     for path, dialect in DIALECTS.items():
-        app.post(path)(_endpoint(partial(Generation, service, dialect)))
+        app.post(path)(_endpoint(service, partial(Generation, service, dialect, parse_object)))
     for path, query in QUERIES.items():
-        app.post(path)(_endpoint(partial(Lookup, service, query)))
+        app.post(path)(_endpoint(service, partial(Lookup, service, partial(_answer, service, query))))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -98,7 +104,8 @@ def create_app(
 
     @app.get("/ready")
     async def ready() -> Response:
-        return await service.readiness()
+        state = await service.readiness()
+        return json_response(state, 200 if state["ready"] else 503)
 
     @app.get("/metrics")
     async def render_metrics() -> Response:
@@ -111,13 +118,17 @@ def create_app(
     return app
 
 
-def _endpoint(make: Callable[[], Response]) -> Callable[[], Awaitable[Response]]:
+def _endpoint(service: Service, work: Callable[[], Work]) -> Callable[[], Awaitable[Response]]:
     """A route's function; the response does the work itself."""
 
     async def endpoint() -> Response:
-        return make()
+        return Exchange(service, work())
 
     return endpoint
+
+
+def _answer(service: Service, query: Query, raw: bytes) -> dict[str, Any]:
+    return query(parse_object(raw, service.limits), service.processor)
 
 
 async def _on_error(request: Request, exc: Exception) -> Response:
