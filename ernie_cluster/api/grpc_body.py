@@ -113,6 +113,8 @@ def _add(
     has_text = message.HasField("text")
     if has_text and message.parts:
         raise InvalidRequest(f"{origin}.parts: give text or parts, not both", f"{origin}.parts")
+    if not (has_text or message.parts or message.tool_calls):
+        raise InvalidRequest(f"{origin}.text: give text or parts", f"{origin}.text")
     role = _ROLES.get(message.role, "unspecified")
     if message.parts:
         parts = [_part(part, f"{origin}.parts[{j}]", content) for j, part in enumerate(message.parts)]

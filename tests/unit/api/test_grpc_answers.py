@@ -13,7 +13,7 @@ from tests.fakes import FakeBackend, FakeProcessor, bytes_of, say
 from tests.unit.api.grpc_face import TIMEOUT_S, chat_request, face
 from tests.unit.api.test_tools import ANSWER, ARGUMENTS, CALLS
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(30)]
 
 ASK: dict[str, Any] = {
     "tools": [pb.Tool(name="weather", parameters='{"type": "object"}')],
@@ -132,7 +132,10 @@ async def test_zero_is_a_value_and_what_is_not_set_is_the_servers() -> None:
         await f.chat()
     greedy, default = (r.sampling for r in backend.requests)
     assert (greedy.temperature, greedy.seed) == (0, 0)
-    assert (default.temperature, default.max_tokens) == (SamplingParams().temperature, f.service.limits.default_max_tokens)
+    assert (default.temperature, default.max_tokens) == (
+        SamplingParams().temperature,
+        f.service.limits.default_max_tokens,
+    )
 
 
 async def test_several_answers_stop_strings_and_log_probabilities() -> None:
@@ -187,7 +190,9 @@ async def test_tool_choice(choice: pb.ToolChoice, is_bound: bool) -> None:
 
 
 async def test_timeline() -> None:
-    backend = FakeBackend(say("Hi"), spans=(Span("decode", 1.5, 0.5, (("why", "near"), ("why", "idle"), ("tokens", 3))),))
+    backend = FakeBackend(
+        say("Hi"), spans=(Span("decode", 1.5, 0.5, (("why", "near"), ("why", "idle"), ("tokens", 3))),)
+    )
     async with face(backend) as f:
         whole = await f.chat(include_timeline=True, sampling=pb.Sampling(n=2))
         chunks = await f.chunks(include_timeline=True)

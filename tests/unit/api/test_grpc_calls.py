@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,14 @@ from ernie_cluster.errors import ConfigError, Overloaded, ReplicaLost
 from ernie_cluster.observe.metrics import InMemoryMetrics
 from ernie_cluster.proto.v1 import inference_pb2 as pb
 from ernie_cluster.proto.v1.inference_pb2_grpc import InferenceStub
+from ernie_cluster.request import GenerationRequest, TokenEvent
 from tests.fakes import FakeBackend, FakeProcessor, say
 from tests.unit.api.grpc_face import HELLO, TIMEOUT_S, Face, chat_request, face, failure
 from tests.unit.api.test_guard import House
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(30)]
 
 CODES = grpc.StatusCode
-NEVER = asyncio.Event
 
 
 def trailing(error: grpc.aio.AioRpcError) -> dict[str, str]:
@@ -214,13 +216,14 @@ async def test_a_message_with_too_many_parts_is_not_even_parsed() -> None:
 
 
 async def test_a_call_without_a_message_and_one_whose_message_never_comes() -> None:
-    async with face(limits=ApiLimits(body_timeout_s=0.05)) as f:
-        open_call = f.channel.stream_unary("/ernie_cluster.v1.Inference/Chat")
-        silent = open_call(timeout=TIMEOUT_S)
-        assert (await failure(silent)).code() is CODES.DEADLINE_EXCEEDED
-        empty = open_call(timeout=TIMEOUT_S)
+    path = "/ernie_cluster.v1.Inference/Chat"
+    async with face() as f:
+        empty = f.channel.stream_unary(path)(timeout=TIMEOUT_S)
         await empty.done_writing()
         assert (await failure(empty)).code() is CODES.INVALID_ARGUMENT
+    async with face(limits=ApiLimits(body_timeout_s=0.05)) as f:
+        error = await failure(f.channel.stream_unary(path)(timeout=TIMEOUT_S))
+    assert (error.code(), "within 0.05 s" in str(error.details())) == (CODES.DEADLINE_EXCEEDED, True)
 
 
 async def test_unknown_model_and_method() -> None:
@@ -245,13 +248,9 @@ async def test_overload_says_when_to_come_back() -> None:
 async def test_what_broke_on_our_side_reveals_nothing(broken: Exception, code: grpc.StatusCode) -> None:
     async with face(FakeBackend([*say("par", finish_reason=None), broken])) as f:
         call = f.stub.StreamChat(chat_request(), timeout=TIMEOUT_S, metadata=[("x-request-id", "req-1")])
-        texts = []
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for chunk in call:
-                texts += [d.text for d in chunk.choices]
-        error = caught.value
-        assert f.metrics.value("ernie_requests_in_flight", model="tiny") == 0
-    assert "".join(texts) == "par"
+        assert (await call.read()).choices
+        error = await failure(call)
+    assert f.metrics.value("ernie_requests_in_flight", model="tiny") == 0
     assert error.code() is code
     told = f"{error.details()} {trailing(error)}"
     assert not any(word in told for word in ("secret", "KeyError", "10.0.0.7", "home"))
@@ -269,69 +268,72 @@ async def test_details_that_no_header_could_hold_are_cut() -> None:
 # Who leaves
 
 
-async def gone(backend: FakeBackend, num: int) -> None:
-    """Until the backend has let go of so many requests."""
-    async with asyncio.timeout(10):
-        while len(backend.aborted) < num:
-            await asyncio.sleep(0.001)
+class Watched(FakeBackend):
+    """Begins an answer and never ends it; tells who has been let go of."""
+
+    def __init__(self) -> None:
+        super().__init__([*say("par", finish_reason=None), asyncio.Event()])
+        self._left: asyncio.Queue[str] = asyncio.Queue()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent]]:
+        try:
+            async with aclosing(super().generate(request)) as events:
+                async for batch in events:
+                    yield batch
+        finally:
+            self._left.put_nowait(request.request_id)
+
+    async def gone(self) -> None:
+        """Until one request has been let go of, and all that came were aborted."""
+        async with asyncio.timeout(TIMEOUT_S / 2):
+            await self._left.get()
+        assert self.finished == []
 
 
 @pytest.mark.parametrize("method", ["Chat", "StreamChat"])
 async def test_a_deadline_aborts_everywhere(method: str) -> None:
-    backend = FakeBackend([*say("par", finish_reason=None), asyncio.Event()])
+    backend = Watched()
     async with face(backend) as f:
-        error = await failure(getattr(f.stub, method)(chat_request(sampling=pb.Sampling(n=2)), timeout=0.3))
+        error = await failure(getattr(f.stub, method)(chat_request(sampling=pb.Sampling(n=2)), timeout=0.5))
         assert error.code() is CODES.DEADLINE_EXCEEDED
-        await gone(backend, 2)
-        assert f.metrics.value("ernie_requests_in_flight", model="tiny") == 0
-    assert all(r.timeout_s <= 0.3 for r in backend.requests)
+        await backend.gone()
+        await backend.gone()
+    assert f.metrics.value("ernie_requests_in_flight", model="tiny") == 0
+    assert all(r.timeout_s <= 0.5 for r in backend.requests)
 
 
 async def test_the_servers_own_deadline() -> None:
-    backend = FakeBackend([asyncio.Event()])
+    backend = Watched()
     async with face(backend, limits=ApiLimits(request_timeout_s=0.1)) as f:
         error = await failure(f.stub.Chat(chat_request(), timeout=TIMEOUT_S))
         assert f.metrics.value("ernie_request_total", model="tiny", outcome="deadline_exceeded") == 1
+        await backend.gone()
     assert error.code() is CODES.DEADLINE_EXCEEDED
     assert "within 0.1 s" in str(error.details())
-    assert len(backend.aborted) == 1
 
 
 @pytest.mark.parametrize("method", ["Chat", "StreamChat"])
 async def test_a_cancelled_call_aborts_everywhere(method: str) -> None:
-    backend = FakeBackend([*say("par", finish_reason=None), asyncio.Event()])
+    backend = Watched()
     async with face(backend) as f:
         call = getattr(f.stub, method)(chat_request(), timeout=TIMEOUT_S)
-        running = asyncio.ensure_future(failure_or_cancelled(call))
+        running = asyncio.ensure_future(failure(call))
         await backend.arrivals.get()
         call.cancel()
-        await running
-        await gone(backend, 1)
-        await settled(f)
-        assert f.metrics.value("ernie_request_total", model="tiny", outcome="aborted") == 1
-
-
-async def failure_or_cancelled(call: Any) -> None:
-    try:
-        await failure(call)
-    except asyncio.CancelledError:
-        pass
-
-
-async def settled(f: Face) -> None:
-    """Until no request is in flight."""
-    async with asyncio.timeout(10):
-        while f.metrics.value("ernie_requests_in_flight", model="tiny"):
-            await asyncio.sleep(0.001)
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await backend.gone()
+    assert f.metrics.value("ernie_request_total", model="tiny", outcome="aborted") == 1
+    assert f.metrics.value("ernie_requests_in_flight", model="tiny") == 0
 
 
 async def test_a_lost_connection_aborts_everywhere() -> None:
-    backend = FakeBackend([*say("par", finish_reason=None), asyncio.Event()])
+    backend = Watched()
     async with face(backend) as f:
         async with grpc.aio.insecure_channel(f.target) as channel:
             call = InferenceStub(channel).StreamChat(chat_request(), timeout=TIMEOUT_S)
             assert (await call.read()).choices
-        await gone(backend, 1)
+        await backend.gone()
 
 
 async def test_a_stopped_server_ends_watches_and_lets_answers_finish() -> None:
