@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 
 
@@ -13,7 +11,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-async def lasting_loop(anyio_backend: str) -> AsyncIterator[str]:
+async def lasting_loop(anyio_backend: str) -> str:
     """One event loop from here on. gRPC has one queue for all loops of a process, and what is left in it by a test whose
     loop is closed would fail another."""
-    yield anyio_backend
+    return anyio_backend

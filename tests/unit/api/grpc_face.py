@@ -18,7 +18,7 @@ from ernie_cluster.proto.v1.inference_pb2_grpc import InferenceStub
 from tests.fakes import FakeBackend, FakeProcessor, say
 
 HELLO = [pb.Message(role=pb.ROLE_USER, text="hi")]
-TIMEOUT_S = 10
+TIMEOUT_S = 30
 """Of every call that is meant to end by itself."""
 
 
@@ -64,14 +64,20 @@ async def face(
     service.workers.close()
 
 
-async def failure(call: Any) -> grpc.aio.AioRpcError:
-    """The error with which a call ends; a stream may have brought messages before."""
+async def failure(call: Any, before: list[Any] | None = None) -> grpc.aio.AioRpcError:
+    """The error with which a call ends; what a stream brings before it goes into `before`."""
+    seen = [] if before is None else before
     try:
         if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
+            async for message in call:
+                seen.append(message)  # they are to be there when it fails
         else:
             await call
     except grpc.aio.AioRpcError as e:
         return e
     raise AssertionError("the call did not fail")
+
+
+def trailing(error: grpc.aio.AioRpcError) -> dict[str, str]:
+    """The metadata that came with it."""
+    return {name: str(value) for name, value in error.trailing_metadata()}

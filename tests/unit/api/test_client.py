@@ -28,7 +28,7 @@ from tests.fakes import FakeBackend, FakeProcessor, bytes_of, say
 from tests.unit.api.grpc_face import face
 from tests.unit.api.test_guard import House
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(30)]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(60)]
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ async def with_client(
     """What `use` makes of a client, in a thread beside the server's loop."""
 
     def connected(target: str) -> T:
-        with Client(target, **{"timeout_s": 10, **options}) as client:
+        with Client(target, **{"timeout_s": 30, **options}) as client:
             return use(client)
 
     async with face(backend, processor, guard=guard) as f:
