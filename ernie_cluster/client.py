@@ -96,7 +96,7 @@ class Client:
             self._channel = grpc.insecure_channel(target, options)
         else:
             self._channel = grpc.secure_channel(target, credentials, options)
-        self._stub = InferenceStub(self._channel)
+        self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._call = {
             "metadata": [] if api_key is None else [("authorization", f"Bearer {api_key}")],
             "timeout": timeout_s,
@@ -116,7 +116,7 @@ class Client:
 
     def chat(self, model: str, messages: Sequence[pb.Message], **fields: Any) -> pb.ChatResponse:
         """The whole answer; `fields` are those of `ChatRequest`: `sampling={"max_tokens": 100}`, `tools=[...]`."""
-        return self._one(self._stub.Chat, pb.ChatRequest(model=model, messages=messages, **fields))
+        return self._one(pb.ChatResponse, self._stub.Chat, pb.ChatRequest(model=model, messages=messages, **fields))
 
     def stream_chat(self, model: str, messages: Sequence[pb.Message], **fields: Any) -> Iterator[pb.ChatChunk]:
         """The answer as it comes; closing the iterator cancels it."""
@@ -124,7 +124,7 @@ class Client:
 
     def generate(self, model: str, prompt: str | Sequence[int], **fields: Any) -> pb.GenerateResponse:
         """How a text, or a list of token ids, goes on; `fields` are those of `GenerateRequest`."""
-        return self._one(self._stub.Generate, _prompt(model, prompt, fields))
+        return self._one(pb.GenerateResponse, self._stub.Generate, _prompt(model, prompt, fields))
 
     def stream_generate(self, model: str, prompt: str | Sequence[int], **fields: Any) -> Iterator[pb.GenerateChunk]:
         """The same as it comes; closing the iterator cancels it."""
@@ -136,15 +136,17 @@ class Client:
             request = pb.TokenizeRequest(generate=_prompt(model, prompt, fields))
         else:
             request = pb.TokenizeRequest(chat=pb.ChatRequest(model=model, messages=prompt, **fields))
-        return self._one(self._stub.Tokenize, request)
+        return self._one(pb.TokenizeResponse, self._stub.Tokenize, request)
 
     def models(self) -> Sequence[pb.Model]:
         """What is served."""
-        return self._one(self._stub.ListModels, pb.ListModelsRequest()).models  # type: ignore[no-any-return]
+        return self._one(pb.ListModelsResponse, self._stub.ListModels, pb.ListModelsRequest()).models
 
-    def _one(self, method: Callable[..., Any], request: Any) -> Any:
+    def _one(self, kind: type[T], method: Callable[..., T], request: Any) -> T:
+        """The answer, which is of this kind."""
         with _translated():
-            return method(request, **self._call)
+            answer: T = method(request, **self._call)
+        return answer
 
     def _many(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
         call = method(request, **self._call)

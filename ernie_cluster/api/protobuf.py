@@ -29,7 +29,7 @@ def parse_message(kind: type[M], raw: bytes, limits: ApiLimits) -> M:
     most = limits.max_json_items
     if len(raw) > most and num_items(memoryview(raw), kind.DESCRIPTOR, most) > most:
         raise InvalidRequest(f"the message has more than {most} fields and numbers")
-    message = kind()
+    message: M = kind()
     try:
         message.ParseFromString(raw)
     except DecodeError:
