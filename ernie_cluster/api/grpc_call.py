@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 import grpc
 
@@ -73,15 +74,13 @@ class Call:
     async def fail(self, exc: Exception) -> None:
         """End the call with this error's status, unless nobody listens any more."""
         log_error(exc)
-        try:
+        with suppress(TimeoutError, grpc.aio.UsageError):  # who reads no more, or has left, misses nothing
             async with asyncio.timeout(LAST_WORD_TIMEOUT_S):
                 await self._context.abort(
                     getattr(grpc.StatusCode, status_of(exc).grpc),
                     _details(exc),
                     (*self.visit.metadata(), *grpc_metadata(exc).items()),
                 )
-        except TimeoutError:
-            pass
 
 
 def handler(behaviour: Behaviour) -> grpc.RpcMethodHandler:
