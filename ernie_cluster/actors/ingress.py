@@ -44,7 +44,9 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
         fetcher = Fetcher(fetch_rules(config.api))
         grpc_port = config.api.grpc_port
         grpc = None if grpc_port is None else partial(GrpcServer, guard=guard, host=config.api.host, port=grpc_port)
-        api = create_app(ClusterBackend(app, config), processors, api_limits(config), metrics, guard, fetcher, grpc)
+        api = create_app(
+            ClusterBackend(app, config), processors, api_limits(config), metrics, guard, fetcher, beside=grpc
+        )
         if config.api.cors_origins:
             allow_origins(api, config.api.cors_origins)
         return api
