@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 from fastapi import FastAPI
 
@@ -14,6 +15,7 @@ from ernie_cluster.actors.cluster_backend import ClusterBackend
 from ernie_cluster.api.cors import allow_origins
 from ernie_cluster.api.decoders import DecoderLimits, Decoders
 from ernie_cluster.api.fetcher import Fetcher
+from ernie_cluster.api.grpc_server import GrpcServer
 from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.keys import KeyRing
@@ -40,6 +42,8 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
         metrics = PrometheusMetrics()
         guard = make_guard(config.api, metrics)
         fetcher = Fetcher(fetch_rules(config.api))
+        grpc_port = config.api.grpc_port
+        grpc = None if grpc_port is None else partial(GrpcServer, guard=guard, host=config.api.host, port=grpc_port)
         api = create_app(
             ClusterBackend(app, config),
             processors,
@@ -48,6 +52,7 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
             guard,
             fetcher,
             config.api.builtin_tools,
+            beside=grpc,
         )
         if config.api.cors_origins:
             allow_origins(api, config.api.cors_origins)

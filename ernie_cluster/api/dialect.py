@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from pydantic import BaseModel
+from typing import Any, Protocol, TypeVar
 
 from ernie_cluster.api.answer import Answer, Delta
+from ernie_cluster.api.media import Fetched
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.schemas import GenerationBody
 from ernie_cluster.request import Span
+
+R = TypeVar("R", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Heading:
 class Presentation(Protocol):
     """Shows one answer: `whole`, or `news` as often as there are any, and at last `closing` or `failure`."""
 
-    def whole(self, answer: Answer, choices: Sequence[Delta]) -> dict[str, Any]:
+    def whole(self, answer: Answer, choices: Sequence[Delta]) -> Any:
         """The finished answer in one piece.
 
         Args:
@@ -49,7 +50,7 @@ class Presentation(Protocol):
         ...
 
     def failure(self, exc: Exception) -> list[bytes]:
-        """Events that end an answer which cannot be finished."""
+        """Events that end an answer which cannot be finished; none where the wire itself tells it."""
         ...
 
 
@@ -62,22 +63,19 @@ class Asked:
     """Given the stages, too, that the API itself went through."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """Of the body's fields, where it is a translation; see `translate.py`."""
+    content: Fetched = field(default_factory=dict)
+    """Pictures and videos that came as bytes, by the data URLs that stand for them in the body."""
 
 
-class Dialect(Protocol):
-    """One generation route."""
+class Dialect(Protocol[R]):
+    """One generation route, whose requests come as an R."""
 
     @property
     def id_prefix(self) -> str:
         """Of an answer's id."""
         ...
 
-    @property
-    def body_type(self) -> type[BaseModel]:
-        """What a request's body is read as."""
-        ...
-
-    def read(self, raw: dict[str, Any]) -> Asked:
+    def read(self, raw: R) -> Asked:
         """Check and translate a request's body. CPU work.
 
         Raises:

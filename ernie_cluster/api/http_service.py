@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import cache, partial
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from ernie_cluster.api.anthropic import MESSAGES
 from ernie_cluster.api.backend import Backend
-from ernie_cluster.api.dialect import Dialect
-from ernie_cluster.api.exchange import Generation, Lookup, log_error
+from ernie_cluster.api.body import parse_object
+from ernie_cluster.api.exchange import Exchange, log_error
 from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.gauges import ReplicaGauges
+from ernie_cluster.api.generation import Generation, Lookup, Work
 from ernie_cluster.api.guard import Door, Guard
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.middleware import Boundary, HeaderLimit
@@ -29,10 +32,11 @@ from ernie_cluster.api.responses import RESPONSES
 from ernie_cluster.api.service import Service, json_response
 from ernie_cluster.api.status import error_body_at, error_headers, status_of
 from ernie_cluster.api.tokens import Query, count_tokens, detokenize, tokenize
+from ernie_cluster.api.unknown import Exacting, JsonDialect, wants_strict
 from ernie_cluster.errors import ErnieClusterError
 from ernie_cluster.observe.metrics import Metrics
 
-DIALECTS: Mapping[str, Dialect] = {
+DIALECTS: Mapping[str, JsonDialect] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
     "/v1/responses": RESPONSES,
@@ -56,6 +60,7 @@ def create_app(
     guard: Guard | None = None,
     fetcher: Fetcher | None = None,
     default_tools: Sequence[str] = (),
+    beside: Callable[[Service], AbstractAsyncContextManager[object]] | None = None,
 ) -> FastAPI:
     """The ASGI app.
 
@@ -67,13 +72,15 @@ def create_app(
         guard: who may come in; None lets everybody in.
         fetcher: of media that are named by URL; None fetches nothing. Closed when the app shuts down.
         default_tools: of our own, offered in chats that say nothing of tools.
+        beside: another face of the same service, there as long as the app runs.
     """
     service = Service(backend, processors, limits, metrics, fetcher, default_tools)
     gauges = ReplicaGauges(backend, metrics, time.monotonic)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with nullcontext() if beside is None else beside(service):
+            yield
         service.workers.close()
         await service.fetcher.close()
         await backend.close()
@@ -87,9 +94,9 @@ def create_app(
         app.add_exception_handler(kind, _on_error)
 
     for path, dialect in DIALECTS.items():
-        app.post(path)(_endpoint(partial(Generation, service, dialect)))
+        app.post(path)(_endpoint(service, partial(_generation, service, dialect)))
     for path, query in QUERIES.items():
-        app.post(path)(_endpoint(partial(Lookup, service, query)))
+        app.post(path)(_endpoint(service, partial(_lookup, service, query)))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -105,7 +112,8 @@ def create_app(
 
     @app.get("/ready")
     async def ready() -> Response:
-        return await service.readiness()
+        state = await service.readiness()
+        return json_response(state, 200 if state["ready"] else 503)
 
     @app.get("/metrics")
     async def render_metrics() -> Response:
@@ -127,13 +135,25 @@ def create_app(
     return app
 
 
-def _endpoint(make: Callable[[], Response]) -> Callable[[], Awaitable[Response]]:
+def _endpoint(service: Service, work: Callable[[Scope], Work]) -> Callable[[Request], Awaitable[Response]]:
     """A route's function; the response does the work itself."""
 
-    async def endpoint() -> Response:
-        return make()
+    async def endpoint(request: Request) -> Response:
+        return Exchange(service, work(request.scope))
 
     return endpoint
+
+
+def _generation(service: Service, dialect: JsonDialect, scope: Scope) -> Work:
+    return Generation(service, Exacting(dialect) if wants_strict(scope) else dialect, parse_object)
+
+
+def _lookup(service: Service, query: Query, scope: Scope) -> Work:
+    return Lookup(service, partial(_answer, service, query))
+
+
+def _answer(service: Service, query: Query, raw: bytes) -> dict[str, Any]:
+    return query(parse_object(raw, service.limits), service.processor)
 
 
 async def _on_error(request: Request, exc: Exception) -> Response:

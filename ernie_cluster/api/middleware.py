@@ -20,11 +20,16 @@ _log = logging.getLogger(__name__)
 _VISIBLE_ASCII = re.compile(r"[!-~]{1,128}")
 
 
-class Boundary:
-    """Takes the client's `x-request-id` where it is usable, else makes one; log lines and the response bear it.
+def usable_request_id(given: str) -> str:
+    """The client's own where it can be used, else a new one.
 
     It names nothing inside: a client may use one id for many requests.
     """
+    return given if _VISIBLE_ASCII.fullmatch(given) else uuid.uuid4().hex
+
+
+class Boundary:
+    """Log lines and the response bear the id of the request, see `usable_request_id`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -33,8 +38,7 @@ class Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _VISIBLE_ASCII.fullmatch(given) else uuid.uuid4().hex
+        request_id = usable_request_id(Headers(scope=scope).get("x-request-id", ""))
         is_started = False
 
         async def send_with_id(message: Message) -> None:

@@ -50,12 +50,11 @@ def own_tools_of(body: GenerationBody) -> Mapping[str, BuiltinTool]:
 
 
 def rounds_of(
-    body: GenerationBody, job: Job, processor: Processor, service: Service, fetched: Fetched, start_s: float
+    body: GenerationBody, job: Job, processor: Processor, service: Service, fetched: Fetched, deadline_s: float
 ) -> Rounds:
-    """Several, if tools of our own are offered."""
+    """Several, if tools of our own are offered; all of them until the deadline, on the monotonic clock."""
     if not isinstance(body, ChatBody) or not own_tools_of(body):
         return SINGLE_ROUND
-    deadline_s = start_s + service.limits.request_timeout_s
     return ToolRounds(body, job, processor, service.limits, fetched, service.workers.run, deadline_s)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from starlette.responses import Response
@@ -14,9 +15,9 @@ from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.openai import encode, model_card
 from ernie_cluster.api.processor import Processor
-from ernie_cluster.api.traffic import Traffic
+from ernie_cluster.api.traffic import Meter, Traffic
 from ernie_cluster.api.workers import Workers
-from ernie_cluster.errors import UnknownModel
+from ernie_cluster.errors import DeadlineExceeded, UnknownModel
 from ernie_cluster.observe.metrics import Metrics
 
 T = TypeVar("T")
@@ -49,7 +50,8 @@ class Service:
         self.default_tools = default_tools
         self.workers = Workers(limits.preprocess_threads, limits.max_preparing)
         self.traffic = Traffic(metrics, time.monotonic, limits.max_in_flight)
-        self._created = int(time.time())
+        self.created = int(time.time())
+        """Since when the models are served, seconds since the epoch."""
 
     def processor(self, name: str) -> Processor:
         """Raises UnknownModel, naming those that are served."""
@@ -57,22 +59,39 @@ class Service:
             raise UnknownModel(f"model {name[:100]!r} is not served here; served: {', '.join(self.processors)}")
         return self.processors[name]
 
+    @asynccontextmanager
+    async def request(self, timeout_s: float) -> AsyncIterator[Meter]:
+        """Count one request in and out, and hold it to its deadline.
+
+        Raises:
+            Overloaded: too many are in flight.
+            DeadlineExceeded: it took longer.
+        """
+        with self.traffic.request() as meter:
+            try:
+                async with asyncio.timeout(timeout_s) as deadline:
+                    yield meter
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                raise DeadlineExceeded(f"the answer was not finished within {timeout_s:g} s") from None
+
     async def run(self, work: Callable[[], T], is_small: bool) -> T:
         """Result of `work`, done here when it is small, else in a thread; raises as `Workers.run` does."""
         return work() if is_small else await self.workers.run(work)
 
     def card(self, processor: Processor) -> dict[str, object]:
-        return model_card(processor.served_name, self._created, processor.max_model_len)
+        return model_card(processor.served_name, self.created, processor.max_model_len)
 
-    async def readiness(self) -> Response:
-        """200 when every model can take requests, else 503 with the reasons."""
+    async def readiness(self) -> dict[str, object]:
+        """`ready`: whether every model can take requests; the rest says why not."""
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
                 states = await self.backend.status()
         except TimeoutError:
-            return json_response(
-                {"ready": False, "detail": f"the backend gave no status within {STATUS_TIMEOUT_S:g} s"}, 503
-            )
+            return {"ready": False, "detail": f"the backend gave no status within {STATUS_TIMEOUT_S:g} s"}
         is_ready = bool(states) and all(state.is_ready for state in states)
-        models = [{"model": s.name, "ready": s.is_ready, "detail": s.detail} for s in states]
-        return json_response({"ready": is_ready, "models": models}, 200 if is_ready else 503)
+        return {
+            "ready": is_ready,
+            "models": [{"model": s.name, "ready": s.is_ready, "detail": s.detail} for s in states],
+        }

@@ -7,6 +7,7 @@ addresses, paths or other clients' data. The request id leads from the client's 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,13 @@ def message_of(exc: BaseException) -> str:
     return str(exc) or type(exc).__name__
 
 
+def message_with_field(exc: BaseException) -> str:
+    """What the client may read, where the field at fault has no place of its own."""
+    message = message_of(exc)
+    param = exc.param if isinstance(exc, InvalidRequest) else None
+    return f"{param}: {message}" if param and param not in message else message
+
+
 def error_body(exc: BaseException) -> dict[str, Any]:
     """OpenAI's error object, `{"error": {message, type, param, code}}`."""
     return {
@@ -112,10 +120,7 @@ _ANTHROPIC_TYPES = {
 
 def anthropic_error(exc: BaseException) -> dict[str, Any]:
     """Anthropic's error object, which has no place for the field at fault but its message."""
-    status, message = status_of(exc).http, message_of(exc)
-    param = getattr(exc, "param", None) if isinstance(exc, InvalidRequest) else None
-    if param and param not in message:
-        message = f"{param}: {message}"
+    status, message = status_of(exc).http, message_with_field(exc)
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": bound_request_id()}
 
@@ -141,3 +146,18 @@ def error_headers(exc: BaseException) -> dict[str, str]:
     if isinstance(exc, HTTPException):
         return dict(exc.headers or {})  # for example Allow, with a 405
     return {}
+
+
+def grpc_metadata(exc: BaseException) -> dict[str, str]:
+    """Trailing metadata of a call that failed: `retry-after` as over HTTP, and what stands in the body of HTTP's error."""
+    error = error_body(exc)["error"]
+    found = {
+        "retry-after": error_headers(exc).get("retry-after"),
+        "error-param": error["param"],
+        "error-code": error["code"],
+    }
+    return {name: _NOT_VISIBLE.sub("?", value) for name, value in found.items() if value}
+
+
+_NOT_VISIBLE = re.compile(r"[^ -~]")
+"""Characters that metadata cannot hold."""

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from ernie_cluster.api.dialect import Asked, Dialect
 from ernie_cluster.api.validate import param_of, shortened
 from ernie_cluster.errors import InvalidRequest
 
 HEADER = "x-strict"
+
+
+class JsonDialect(Dialect[dict[str, Any]], Protocol):
+    """A route whose requests are JSON."""
+
+    @property
+    def body_type(self) -> type[BaseModel]:
+        """What a request's body is read as."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Exacting:
+    """A dialect that refuses what it does not read."""
+
+    dialect: JsonDialect
+
+    @property
+    def id_prefix(self) -> str:
+        return self.dialect.id_prefix
+
+    def read(self, raw: dict[str, Any]) -> Asked:
+        """As the dialect does; raises InvalidRequest for unknown fields, too."""
+        asked = self.dialect.read(raw)
+        refuse_unknown(self.dialect.body_type, raw)
+        return asked
 
 
 def wants_strict(scope: Scope) -> bool:

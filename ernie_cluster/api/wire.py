@@ -1,20 +1,21 @@
-"""One HTTP response on its way out, and the client's presence while it is made. ASGI only."""
+"""An answer on its way out over HTTP, and the client's presence while it is made. ASGI only."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Send
 
+from ernie_cluster.api.openai import encode
 from ernie_cluster.errors import Aborted
 
 T = TypeVar("T")
 
 
-class Wire:
-    """Sends one response. Its status line goes out with the first bytes; an error before that can have its own."""
+class HttpWire:
+    """Sends one response, see `Wire`. Its status line goes out with the first bytes; an error before that can have its own."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -23,13 +24,14 @@ class Wire:
         self.is_broken = False
         """The client is gone; nothing can be told to it."""
 
-    async def write_whole(self, body: bytes) -> None:
-        """A JSON answer in one piece. Raises Aborted when the client is gone."""
+    async def write_whole(self, answer: Any) -> None:
+        """As JSON."""
+        body = encode(answer)
         await self._start((b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)))
         await self._put({"type": "http.response.body", "body": body})
 
-    async def write_events(self, events: bytes, *, is_last: bool) -> None:
-        """Server-sent events. Raises Aborted when the client is gone."""
+    async def write_events(self, events: Sequence[bytes], *, is_last: bool) -> None:
+        """Server-sent events."""
         if not self.is_stream_open:
             self.is_stream_open = True
             await self._start(
@@ -37,7 +39,7 @@ class Wire:
                 (b"cache-control", b"no-store"),
                 (b"x-accel-buffering", b"no"),  # nginx would gather the events otherwise
             )
-        await self._put({"type": "http.response.body", "body": events, "more_body": not is_last})
+        await self._put({"type": "http.response.body", "body": b"".join(events), "more_body": not is_last})
         self.is_stream_open = not is_last
 
     async def _start(self, *headers: tuple[bytes, bytes]) -> None:

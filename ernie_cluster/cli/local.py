@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from ernie_cluster.cli.progress import Progress
 from ernie_cluster.cli.remote import DEFAULT_URL
-from ernie_cluster.cli.serve import base_url, check_port
+from ernie_cluster.cli.serve import base_url, check_ports
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.presets import POCKET, pocket_mixed
 from ernie_cluster.errors import CheckpointError
@@ -28,7 +28,7 @@ def serving(config: ClusterConfig, progress: Progress) -> Iterator[str]:
         ConfigError: the port is taken, the checkpoint cannot be used, or it is not ready in time.
         ReplicaError: a replica cannot start.
     """
-    check_port(config.api.host, config.api.port)
+    check_ports(config.api)
     for model in config.models:
         check_packaged(model.path)
     progress("loading Ray")

@@ -10,12 +10,14 @@ import threading
 
 from ernie_cluster.cli.config import add_config_arguments, read_config
 from ernie_cluster.cli.progress import Progress
+from ernie_cluster.config.cluster import ApiConfig
 from ernie_cluster.errors import ConfigError
 
 _EXAMPLES = """\
 examples:
   ernie-cluster serve cluster.yaml
   ernie-cluster serve cluster.yaml --set api.port=9000 --set models.0.engine.max_num_seqs=32
+  ernie-cluster serve cluster.yaml --grpc-port 9000
   ernie-cluster serve cluster.yaml --address auto      on the Ray cluster that this machine belongs to
 """
 
@@ -23,6 +25,11 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     add_config_arguments(parser)
+    parser.add_argument(
+        "--grpc-port",
+        metavar="PORT",
+        help="serve gRPC, too (ernie_cluster.v1.Inference, health, reflection); short for --set api.grpc_port=PORT",
+    )
     parser.add_argument(
         "--address",
         metavar="ADDRESS",
@@ -35,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.grpc_port is not None:
+        args.overrides.append(f"api.grpc_port={args.grpc_port}")
     config = read_config(args)
     if args.address is None:
-        check_port(config.api.host, config.api.port)
+        check_ports(config.api)
     progress = Progress()
     progress("loading")
     from ernie_cluster.actors import launch  # Ray takes a second to import
@@ -47,11 +56,19 @@ def main(args: argparse.Namespace) -> int:
     try:
         launch.start(config, progress, timeout_s=args.timeout)
         url = base_url(config.api.host, config.api.port)
-        progress(f"ready: {url}/v1 serves {', '.join(m.name for m in config.models)}; Ctrl-C stops")
+        grpc = "" if config.api.grpc_port is None else f", gRPC on port {config.api.grpc_port}"
+        progress(f"ready: {url}/v1 serves {', '.join(m.name for m in config.models)}{grpc}; Ctrl-C stops")
         wait_for_signal()
     finally:
         launch.stop(progress)
     return 0
+
+
+def check_ports(api: ApiConfig) -> None:
+    """See `check_port`, for each port that the API listens on."""
+    for port in (api.port, api.grpc_port):
+        if port is not None:
+            check_port(api.host, port)
 
 
 def check_port(host: str, port: int) -> None:

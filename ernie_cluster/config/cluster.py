@@ -255,6 +255,8 @@ class ApiConfig:
     """Address to listen on; 0.0.0.0 = all interfaces."""
     port: int = 8000
     """HTTP port, 1 to 65535."""
+    grpc_port: int | None = None
+    """gRPC port on each machine with an API replica, 1 to 65535, another one than `port`; None = no gRPC."""
     num_replicas: int = 1
     """API replicas, at least 1."""
     max_body_bytes: int = 32 * MIB
@@ -317,7 +319,9 @@ class ApiConfig:
     def __post_init__(self) -> None:
         if not self.host:
             raise ConfigError("host is empty; use 127.0.0.1, or 0.0.0.0 for all interfaces")
-        _check_range(self, 1, "port", high=65535)
+        _check_range(self, 1, "port", "grpc_port", high=65535)
+        if self.grpc_port == self.port:
+            raise ConfigError(f"grpc_port = {self.grpc_port} is the HTTP port, too; choose another")
         _check_range(
             self, 1, "num_replicas", "max_body_bytes", "max_image_bytes", "max_image_pixels", "max_video_bytes"
         )

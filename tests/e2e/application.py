@@ -119,6 +119,10 @@ class Application:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.config.api.port}"
 
+    @property
+    def grpc_target(self) -> str:
+        return f"127.0.0.1:{self.config.api.grpc_port}"
+
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=10)
 

@@ -20,7 +20,7 @@ START_TIMEOUT_S = 300.0
 SMALL_BLOCKS = 24
 
 
-def build_config(folder: str, port: int) -> ClusterConfig:
+def build_config(folder: str, port: int, grpc_port: int) -> ClusterConfig:
     """See the module."""
     (tiny,), (mixed,) = PRESETS["tiny"](folder).models, PRESETS["tiny-mixed"](folder).models
     pools = tuple(dataclasses.replace(p, num_replicas=2 if p.role == "decode" else 1) for p in tiny.pools)
@@ -34,7 +34,9 @@ def build_config(folder: str, port: int) -> ClusterConfig:
             dataclasses.replace(mixed, name="mixed"),
             ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
         ),
-        api=ApiConfig(port=port, max_body_bytes=4 * MIB, max_image_bytes=MIB, max_image_pixels=1_000_000),
+        api=ApiConfig(
+            port=port, grpc_port=grpc_port, max_body_bytes=4 * MIB, max_image_bytes=MIB, max_image_pixels=1_000_000
+        ),
         router=RouterConfig(heartbeat_timeout_s=10.0, lease_timeout_s=15.0, max_attempts=3),
     )
 
@@ -47,7 +49,7 @@ def app() -> Iterator[object]:
         from ernie_cluster.actors.environment import free_port
         from tests.e2e.application import Application, eventually
 
-        application = Application(build_config(tiny_folder(), free_port()))
+        application = Application(build_config(tiny_folder(), free_port(), free_port()))
         launch.check(application.config)
         launch.start_ray(application.config, None, print)
         try:

@@ -1,0 +1,149 @@
+"""What one request asks for, and how it is done, by whichever face of the API it came. Knows no HTTP and no gRPC.
+
+An answer of a model goes: read (thread) -> find model -> fetch media -> prepare (thread) -> run -> write.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+from ernie_cluster.api.answer import Answer
+from ernie_cluster.api.dialect import Asked, Dialect, Heading, Presentation
+from ernie_cluster.api.guest import Guest
+from ernie_cluster.api.limits import ApiLimits
+from ernie_cluster.api.media import Fetched, wanted_media
+from ernie_cluster.api.prepare import Job, prepare
+from ernie_cluster.api.processor import Processor
+from ernie_cluster.api.rounds import rounds_of, with_default_tools
+from ernie_cluster.api.service import Service
+from ernie_cluster.api.stream import Wire, write_stream, write_whole
+from ernie_cluster.api.traffic import Meter
+from ernie_cluster.api.translate import renamed
+from ernie_cluster.errors import InvalidRequest
+from ernie_cluster.request import Span
+
+R = TypeVar("R")
+
+INLINE_BYTES = 4096
+"""A body up to this, without media, is read and prepared on the event loop: two hops to a thread cost 1.5 ms there
+and back, the work itself under one."""
+
+
+def is_small(raw: bytes) -> bool:
+    """Whether a body is little work; every picture in JSON is said to be base64."""
+    return len(raw) <= INLINE_BYTES and b"base64" not in raw
+
+
+class Work(Protocol):
+    """One request with a body, and its answer."""
+
+    @property
+    def look(self) -> Presentation | None:
+        """Of an answer that has begun; tells its end if it fails."""
+        ...
+
+    async def answer(self, raw: bytes, wire: Wire, meter: Meter, guest: Guest, timeout_s: float) -> None:
+        """Do it.
+
+        Args:
+            raw: the request's body.
+            wire: where the answer goes.
+            meter: of the request.
+            guest: who sent it.
+            timeout_s: what it may take, from the meter's start.
+        """
+        ...
+
+
+class Lookup:
+    """A request that nothing is generated for. It counts as a request without a model: it is no part of its traffic.
+
+    Args:
+        query: from a request's body to what the wire writes whole; CPU work.
+        has_files: a small body may hold a picture, which is much work.
+    """
+
+    look: Presentation | None = None
+
+    def __init__(self, service: Service, query: Callable[[bytes], Any], *, has_files: bool = False) -> None:
+        self._service = service
+        self._query = query
+        self._has_files = has_files
+
+    async def answer(self, raw: bytes, wire: Wire, meter: Meter, guest: Guest, timeout_s: float) -> None:
+        is_quick = is_small(raw) and not self._has_files
+        await wire.write_whole(await self._service.run(partial(self._query, raw), is_quick))
+
+
+class Generation(Generic[R]):
+    """A request for an answer of a model.
+
+    Args:
+        parse: from a request's body to what the dialect reads, within limits; CPU work.
+    """
+
+    def __init__(self, service: Service, dialect: Dialect[R], parse: Callable[[bytes, ApiLimits], R]) -> None:
+        self._service = service
+        self._dialect = dialect
+        self._parse = parse
+        self.look: Presentation | None = None
+
+    async def answer(self, raw: bytes, wire: Wire, meter: Meter, guest: Guest, timeout_s: float) -> None:
+        service = self._service
+        start_s = time.time()
+        is_quick = is_small(raw)
+        asked = await service.run(partial(self._read, raw), is_quick)
+        del raw
+        body = asked.body
+        processor = service.processor(body.model)
+        meter.accept(body.model)
+        heading = Heading(self._dialect.id_prefix + uuid.uuid4().hex, int(start_s), body.model)
+        fetched = {**await self._fetch(asked), **asked.content}
+        is_quick = is_quick and not body.has_format and not fetched
+        left_s = max(0.001, timeout_s - (time.monotonic() - meter.start_s))
+        job = await service.run(partial(self._prepare, asked, fetched, processor, heading, guest, left_s), is_quick)
+        look = asked.present(heading, job, [Span("preprocess", start_s, time.time() - start_s)])
+        rounds = rounds_of(body, job, processor, service, fetched, meter.start_s + timeout_s)
+        del asked, body, fetched
+        backend = guest.pay(job, service.backend)
+        meter.prepared(job.num_prompt_tokens)
+        self.look = look
+        async with Answer(backend, job, processor, rounds) as answer:
+            if job.is_stream:
+                await write_stream(wire, answer, look, meter, lambda: service.traffic.num_streams)
+            else:
+                await write_whole(wire, answer, look, meter)
+            meter.further(answer.num_prompt_tokens - job.num_prompt_tokens)
+            meter.cached(answer.num_cached_tokens)
+
+    def _read(self, raw: bytes) -> Asked:
+        asked = self._dialect.read(self._parse(raw, self._service.limits))
+        return with_default_tools(asked, self._service.default_tools)
+
+    async def _fetch(self, asked: Asked) -> Fetched:
+        try:
+            return await self._service.fetcher.fetch(wanted_media(asked.body))
+        except InvalidRequest as e:
+            raise renamed(e, asked.origins) from None
+
+    def _prepare(
+        self, asked: Asked, fetched: Fetched, processor: Processor, heading: Heading, guest: Guest, timeout_s: float
+    ) -> Job:
+        try:
+            return prepare(
+                asked.body,
+                processor,
+                self._service.limits,
+                response_id=heading.response_id,
+                seed=secrets.randbits(63),
+                timeout_s=timeout_s,
+                tenant_salt=guest.cache_salt,
+                fetched=fetched,
+            )
+        except InvalidRequest as e:
+            raise renamed(e, asked.origins) from None
