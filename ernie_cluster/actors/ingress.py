@@ -18,6 +18,7 @@ from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.keys import KeyRing
 from ernie_cluster.api.limits import ApiLimits
+from ernie_cluster.api.playground.routes import add_playground
 from ernie_cluster.config.cluster import ApiConfig, ClusterConfig
 from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.inputs.clip import VideoLimits
@@ -41,6 +42,8 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
         guard = make_guard(config.api, metrics)
         fetcher = Fetcher(fetch_rules(config.api))
         api = create_app(ClusterBackend(app, config), processors, api_limits(config), metrics, guard, fetcher)
+        if config.api.playground:
+            add_playground(api)
         if config.api.cors_origins:
             allow_origins(api, config.api.cors_origins)
         return api

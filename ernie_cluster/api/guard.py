@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ernie_cluster.api.guest import ANYBODY, Guest, scope_of
 from ernie_cluster.api.keys import KeyRing, given_key, is_key, owner_of
 from ernie_cluster.api.middleware import send_error
+from ernie_cluster.api.playground.routes import PATHS as PLAYGROUND
 from ernie_cluster.api.ratelimit import Budget
 from ernie_cluster.api.salt import tenant_salt
 from ernie_cluster.api.status import status_of
@@ -26,7 +27,7 @@ from ernie_cluster.observe.metrics import Metrics
 _log = logging.getLogger(__name__)
 
 OPEN = frozenset({"/health", "/ready", "/version"})
-"""Routes that never need a key."""
+"""Routes that never need a key; nor do those of the playground, which hold nothing, where it is served."""
 ADMIN = frozenset({"/metrics"})
 """Routes that need the admin key where there is one, and none where there is not."""
 
@@ -61,7 +62,7 @@ class Guard:
     async def identify(self, scope: Scope) -> Guest:
         """Raises Unauthorized: the route needs a key, and the request bears none of those that open it."""
         path = scope["path"]
-        if path in OPEN:
+        if path in OPEN or path in PLAYGROUND:
             return ANYBODY
         if path in ADMIN:
             if self._admin_sha256 is not None and not is_key(_key(scope), self._admin_sha256):

@@ -47,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         launch.start(config, progress, timeout_s=args.timeout)
         url = base_url(config.api.host, config.api.port)
-        progress(f"ready: {url}/v1 serves {', '.join(m.name for m in config.models)}; Ctrl-C stops")
+        page = f"; {url} is a page to try them" if config.api.playground else ""
+        progress(f"ready: {url}/v1 serves {', '.join(m.name for m in config.models)}{page}; Ctrl-C stops")
         wait_for_signal()
     finally:
         launch.stop(progress)

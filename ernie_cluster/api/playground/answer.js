@@ -1,0 +1,195 @@
+/** One answer while it comes: thoughts, zooms, calls and text in the order in which they come, and then its numbers. */
+
+import { crop, findBoxes, framed, orderly } from "./boxes.js";
+import { el } from "./dom.js";
+import { counted, duration, grouped } from "./numbers.js";
+import { show } from "./text.js";
+import { decodeRate, strip, waterfall } from "./timeline.js";
+
+const ZOOM = "image_zoom_in_tool";
+/** An answer that came in less than this came in too few pieces to say how fast. */
+const CLEAR_S = 0.1;
+
+export class Answer {
+  /** All text of the answer; thoughts are no part of it. */
+  content = "";
+  #blocks = [];
+  #calls = new Map();
+  #drawing = 0;
+  #usage = null;
+  #stages = [];
+  #finish = null;
+  #begunMs = performance.now();
+  #firstMs = null;
+  #lastMs = null;
+
+  /** @param {Array} pictures those of the conversation up to the question, which boxes may mean. */
+  constructor(pictures) {
+    this.pictures = pictures;
+    this.body = el("div", { className: "blocks" });
+    this.waiting = el("p", { className: "waiting", "aria-hidden": "true" }, el("i"), el("i"), el("i"));
+    this.node = el("article", { className: "turn answer", "aria-label": "Answer", "aria-busy": "true" }, this.body, this.waiting);
+  }
+
+  /** Take a chunk of the stream. */
+  take({ choices, usage, timeline }) {
+    this.#usage = usage ?? this.#usage;
+    this.#stages = timeline ?? this.#stages;
+    for (const { delta, finish_reason: finish } of choices) {
+      this.#finish = finish ?? this.#finish;
+      if (delta.reasoning_content) this.#block("thought").text += this.#timed(delta.reasoning_content);
+      for (const call of delta.builtin_tool_calls ?? []) this.#showRun(call);
+      if (delta.content) {
+        this.content += delta.content;
+        this.#block("text").text += this.#timed(delta.content);
+      }
+      for (const call of delta.tool_calls ?? []) this.#showCall(call);
+    }
+    this.#drawing ||= requestAnimationFrame(() => this.#draw());
+  }
+
+  /** Nothing more will come. @param {string|Node} [last] what to say of the end, where it is not the answer's own. */
+  end(last = "") {
+    this.#endThought();
+    this.#draw();
+    this.waiting.remove();
+    this.node.setAttribute("aria-busy", "false");
+    if (!this.body.hasChildNodes() && !last) this.body.append(el("p", { className: "aside" }, "The answer is empty."));
+    this.#showBoxes();
+    if (this.#finish === "length") last ||= "Cut off: the longest answer allowed is reached. The settings have the limit.";
+    if (last) this.node.append(typeof last === "string" ? el("p", { className: "aside" }, last) : last);
+    const numbers = this.#numbers();
+    if (numbers) this.node.append(numbers);
+  }
+
+  #timed(text) {
+    this.#lastMs = performance.now();
+    this.#firstMs ??= this.#lastMs;
+    return text;
+  }
+
+  /** The last block, if it is of this kind; else a new one. */
+  #block(kind) {
+    const last = this.#blocks.at(-1);
+    if (last?.kind === kind) return last;
+    this.#endThought();
+    const block = { kind, text: "", sinceMs: performance.now(), node: el("div", { className: "text" }) };
+    this.#blocks.push(block);
+    if (kind === "thought") {
+      block.summary = el("summary", {}, "Thinking…");
+      this.body.append(el("details", { className: "thought" }, block.summary, block.node));
+    } else {
+      this.body.append(block.node);
+    }
+    return block;
+  }
+
+  #endThought() {
+    const last = this.#blocks.at(-1);
+    if (last?.kind !== "thought" || last.isOver) return;
+    last.isOver = true;
+    last.summary.textContent = `Thought for ${duration((performance.now() - last.sinceMs) / 1000)}`;
+  }
+
+  /** At most once per frame, however fast the text comes. */
+  #draw() {
+    cancelAnimationFrame(this.#drawing);
+    this.#drawing = 0;
+    for (const block of this.#blocks) {
+      if (block.drawn === block.text) continue;
+      block.drawn = block.text;
+      if (block.kind === "thought") block.node.textContent = block.text.trim();
+      else if (block.kind === "text") show(block.node, block.text);
+    }
+  }
+
+  /** A call of a function that somebody else is to run; it comes in pieces. */
+  #showCall({ index, function: { name = "", arguments: more = "" } }) {
+    const call = this.#calls.get(index) ?? { name: "", arguments: "", code: this.#card("Calls a function") };
+    this.#calls.set(index, call);
+    call.name += name;
+    call.arguments += more;
+    call.code.textContent = pretty({ name: call.name, arguments: call.arguments });
+  }
+
+  /** A call that the server runs itself; it may come again with its result. */
+  #showRun({ id, name, arguments: given, result }) {
+    const known = this.#calls.get(id) ?? {};
+    const call = { ...known, name: name ?? known.name, arguments: given ?? known.arguments, result: result ?? known.result };
+    this.#calls.set(id, call);
+    call.code ??= this.#card(call.name === ZOOM ? "The call" : `Uses ${call.name}`, this.#zoomed(call));
+    call.code.textContent = pretty({ name: call.name, arguments: call.arguments, result: call.result });
+  }
+
+  /** A folded card of JSON, below a picture if there is one; returns where the JSON goes. */
+  #card(title, picture = null) {
+    this.#endThought();
+    const code = el("code");
+    const folded = el("details", { className: "call", open: picture === null }, el("summary", {}, title), el("pre", {}, code));
+    this.body.append(el("div", { className: "card" }, picture, folded));
+    this.#blocks.push({ kind: "card", text: "", drawn: "" });
+    return code;
+  }
+
+  /** Where the model looked, and what it saw there. */
+  #zoomed({ name, arguments: given }) {
+    const { bbox_2d: corners, label = "", img_idx: at } = parsed(given);
+    const [picture, box] = [this.pictures.at(Number.isInteger(at) ? at : -1), orderly(corners)];
+    if (name !== ZOOM || !picture || !box) return null;
+    return el(
+      "figure",
+      { className: "zoomed" },
+      el("div", { className: "pair" }, framed(picture, [{ box, label: "" }]), crop(picture, box)),
+      el("figcaption", {}, "Looked closer", label && " at ", label && el("strong", {}, String(label))),
+    );
+  }
+
+  #showBoxes() {
+    const boxes = findBoxes(this.content);
+    const picture = this.pictures.at(-1);
+    if (boxes.length === 0 || !picture) return;
+    const caption = `${counted(boxes.length, "box", "boxes")} in ${picture.name}`;
+    this.body.append(el("figure", { className: "grounded" }, framed(picture, boxes), el("figcaption", {}, caption)));
+  }
+
+  #numbers() {
+    const words = [...this.#pace(), ...tokens(this.#usage)].join(" · ");
+    if (!words && this.#stages.length === 0) return null;
+    if (this.#stages.length === 0) return el("p", { className: "numbers" }, words);
+    return el(
+      "details",
+      { className: "numbers" },
+      el("summary", {}, el("span", {}, words || "Timeline"), strip(this.#stages)),
+      waterfall(this.#stages),
+    );
+  }
+
+  #pace() {
+    if (this.#firstMs === null) return [];
+    const first = `first token after ${duration((this.#firstMs - this.#begunMs) / 1000)}`;
+    const seconds = (this.#lastMs - this.#firstMs) / 1000;
+    const rate = decodeRate(this.#stages) ?? (seconds > CLEAR_S ? (this.#usage?.completion_tokens - 1) / seconds : 0);
+    return rate > 0 ? [first, `${grouped(Math.round(rate))} tokens/s`] : [first];
+  }
+}
+
+function tokens(usage) {
+  if (!usage) return [];
+  const cached = usage.prompt_tokens_details?.cached_tokens;
+  const asked = `${counted(usage.prompt_tokens, "token")} in`;
+  return [cached ? `${asked} (${grouped(cached)} cached)` : asked, `${grouped(usage.completion_tokens)} out`];
+}
+
+/** JSON for reading; `arguments` come as text, which may still be unfinished. */
+function pretty(call) {
+  return JSON.stringify({ ...call, arguments: parsed(call.arguments, call.arguments) }, null, 2);
+}
+
+function parsed(given, otherwise = {}) {
+  if (typeof given !== "string") return given ?? otherwise;
+  try {
+    return JSON.parse(given) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}
