@@ -7,14 +7,13 @@ the request is routed, letter for letter.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ernie_cluster.api.guest import ANYBODY, Guest, scope_of
 from ernie_cluster.api.keys import KeyRing, given_key, is_key, owner_of
 from ernie_cluster.api.middleware import send_error
-from ernie_cluster.api.playground.routes import PATHS as PLAYGROUND
 from ernie_cluster.api.ratelimit import Budget
 from ernie_cluster.api.salt import tenant_salt
 from ernie_cluster.api.status import status_of
@@ -27,7 +26,7 @@ from ernie_cluster.observe.metrics import Metrics
 _log = logging.getLogger(__name__)
 
 OPEN = frozenset({"/health", "/ready", "/version"})
-"""Routes that never need a key; nor do those of the playground, which hold nothing, where it is served."""
+"""Routes that never need a key."""
 ADMIN = frozenset({"/metrics"})
 """Routes that need the admin key where there is one, and none where there is not."""
 
@@ -41,6 +40,7 @@ class Guard:
         isolate_prefix_cache: each key's prompts and pictures are cached for it alone.
         metrics: counts those who are turned away.
         clock: seconds, not running backwards.
+        pages: routes beside `OPEN` that never need a key.
     """
 
     def __init__(
@@ -51,18 +51,20 @@ class Guard:
         isolate_prefix_cache: bool,
         metrics: Metrics,
         clock: Callable[[], float],
+        pages: Container[str] = (),
     ) -> None:
         self._ring = ring
         self._admin_sha256 = admin_sha256
         self._isolate = isolate_prefix_cache
         self._metrics = metrics
         self._clock = clock
+        self._pages = pages
         self._budgets: dict[str, Budget] = {}
 
     async def identify(self, scope: Scope) -> Guest:
         """Raises Unauthorized: the route needs a key, and the request bears none of those that open it."""
         path = scope["path"]
-        if path in OPEN or path in PLAYGROUND:
+        if path in OPEN or path in self._pages:
             return ANYBODY
         if path in ADMIN:
             if self._admin_sha256 is not None and not is_key(_key(scope), self._admin_sha256):

@@ -25,7 +25,7 @@ from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.keys import KeyRing
 from ernie_cluster.api.limits import ApiLimits
-from ernie_cluster.api.playground.routes import add_playground
+from ernie_cluster.api.playground.routes import PATHS, add_playground
 from ernie_cluster.errors import InvalidRequest, Overloaded
 from ernie_cluster.observe.metrics import InMemoryMetrics
 from ernie_cluster.request import Span
@@ -165,7 +165,7 @@ def test_a_picture_a_thought_a_box_and_a_timeline(page: Page) -> None:
         answer = ask(page, "Where is the square?")
 
         thought = answer.locator("details.thought")
-        assert "Thought for" in thought.locator("summary").inner_text()
+        assert thought.locator("summary").inner_text().startswith("Thought")
         assert thought.get_attribute("open") is None
         thought.locator("summary").click()
         assert thought.locator(".text").inner_text() == "I look."
@@ -186,7 +186,7 @@ def test_a_picture_a_thought_a_box_and_a_timeline(page: Page) -> None:
         assert rows.keys() == {"preprocess", "route", "prefill", "decode"}
         assert rows["decode"].locator(".took").inner_text() == "50.0 s"
         assert rows["route"].locator(".detail").inner_text() == "decode-1: most room"
-        assert rows["prefill"].locator(".detail").inner_text() == "bytes 1,234"
+        assert rows["prefill"].locator(".detail").inner_text() == "1,234 bytes"
         route, prefill, decode = (
             inside(rows[name].locator(".stage"), rows[name].locator(".track"))
             for name in ("route", "prefill", "decode")
@@ -265,6 +265,7 @@ def test_a_key_is_asked_for_and_stays_in_its_tab(page: Page, tmp_path: Path) -> 
         isolate_prefix_cache=False,
         metrics=metrics,
         clock=time.monotonic,
+        pages=PATHS,
     )
     with closing(Site(say("Hello, Alice"), guard=guard)) as site:
         page.goto(site.url)
@@ -280,13 +281,16 @@ def test_a_key_is_asked_for_and_stays_in_its_tab(page: Page, tmp_path: Path) -> 
 
 
 def test_the_zoom_tool(page: Page) -> None:
-    """What the server streams of a tool that it runs itself, as it is documented; what it runs is its own affair."""
-    call = {"id": "run-1", "name": "image_zoom_in_tool", "arguments": {"bbox_2d": BOX, "label": "sign"}}
+    """What a server streams of a tool that it runs itself: the second time it looks at a part of the first part."""
+    first = {"id": "1", "type": "image_zoom_in_tool", "arguments": json.dumps({"bbox_2d": BOX, "label": "sign"})}
+    second = {"id": "2", "type": "image_zoom_in_tool", "arguments": '{"bbox_2d": [0, 0, 500, 500], "picture": 2}'}
+    broken = {"id": "3", "type": "image_zoom_in_tool", "arguments": '{"bbox_2d": "there"}'}
     deltas: list[dict[str, Any]] = [
         {"role": "assistant", "content": "", "reasoning_content": "I look closer."},
-        {"builtin_tool_calls": [call]},
-        {"builtin_tool_calls": [{**call, "result": "the enlarged part"}]},
-        {"reasoning_content": "Now I see."},
+        {"builtin_tool_calls": [{**first, "result": {"picture": 1, "bbox_2d": BOX}}]},
+        {"reasoning_content": "\n\nAnd closer."},
+        {"builtin_tool_calls": [{**second, "result": {"picture": 2, "bbox_2d": [0, 0, 500, 500]}}]},
+        {"builtin_tool_calls": [{**broken, "result": {"error": "it must be four numbers"}}]},
         {"content": "It is red."},
     ]
     events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
@@ -305,17 +309,22 @@ def test_the_zoom_tool(page: Page) -> None:
         page.get_by_role("switch", name="Zoom tool").check()
         answer = ask(page, "What colour is the sign?")
         kinds = answer.locator(".blocks > *").evaluate_all("nodes => nodes.map(node => node.className)")
-        assert kinds == ["thought", "card", "thought", "text"]
-        assert "Looked closer at sign" in answer.locator(".card").inner_text()
-        canvas = answer.locator("canvas[data-source]")
-        canvas.wait_for()
-        assert canvas.get_attribute("data-source") == "100 100 200 100"
-        centre = "canvas => [...canvas.getContext('2d').getImageData(canvas.width / 2, canvas.height / 2, 1, 1).data]"
-        assert canvas.evaluate(centre) == [255, 0, 0, 255]
-        assert canvas.evaluate("canvas => canvas.width / canvas.height") == 2
-        assert is_near(inside(answer.locator(".zoomed .frame"), answer.locator(".zoomed img")), BOX)
-        answer.get_by_text("The call", exact=True).click()
-        assert '"result": "the enlarged part"' in answer.locator(".card pre").inner_text()
+        assert kinds == ["thought", "card", "thought", "card", "card", "text"]
+        cards = answer.locator(".card")
+        assert "Looked closer at sign" in cards.nth(0).inner_text()
+        assert "it must be four numbers" in cards.nth(2).inner_text()
+        cards.nth(0).get_by_text("The call", exact=True).click()
+        assert '"label": "sign"' in cards.nth(0).locator("pre").inner_text()
+        for card, part, pixels in ((0, BOX, "100 100 200 100"), (1, [250, 500, 500, 750], "100 100 100 50")):
+            canvas = cards.nth(card).locator("canvas[data-source]")
+            canvas.wait_for()
+            assert canvas.get_attribute("data-source") == pixels
+            assert canvas.evaluate("canvas => canvas.width / canvas.height") == 2
+            centre = (
+                "canvas => [...canvas.getContext('2d').getImageData(canvas.width / 2, canvas.height / 2, 1, 1).data]"
+            )
+            assert canvas.evaluate(centre) == [255, 0, 0, 255]
+            assert is_near(inside(cards.nth(card).locator(".frame"), cards.nth(card).locator("img")), part)
     assert [body["tools"] for body in bodies] == [[{"type": "image_zoom_in_tool"}]]
 
 

@@ -7,7 +7,7 @@ import { show } from "./text.js";
 import { decodeRate, strip, waterfall } from "./timeline.js";
 
 const ZOOM = "image_zoom_in_tool";
-/** An answer that came in less than this came in too few pieces to say how fast. */
+/** What came in less time than this came in too few pieces to say how fast. */
 const CLEAR_S = 0.1;
 
 export class Answer {
@@ -23,9 +23,11 @@ export class Answer {
   #firstMs = null;
   #lastMs = null;
 
-  /** @param {Array} pictures those of the conversation up to the question, which boxes may mean. */
-  constructor(pictures) {
-    this.pictures = pictures;
+  /** @param {{pictures: Array, main: number}} gallery what boxes may mean, see conversation.js. */
+  constructor({ pictures, main }) {
+    this.main = pictures[main];
+    /** All that the model sees, with the part of the user's picture that it is; zooms are added to it. */
+    this.seen = pictures.map((picture) => ({ picture, part: [0, 0, 1000, 1000] }));
     this.body = el("div", { className: "blocks" });
     this.waiting = el("p", { className: "waiting", "aria-hidden": "true" }, el("i"), el("i"), el("i"));
     this.node = el("article", { className: "turn answer", "aria-label": "Answer", "aria-busy": "true" }, this.body, this.waiting);
@@ -88,7 +90,8 @@ export class Answer {
     const last = this.#blocks.at(-1);
     if (last?.kind !== "thought" || last.isOver) return;
     last.isOver = true;
-    last.summary.textContent = `Thought for ${duration((performance.now() - last.sinceMs) / 1000)}`;
+    const seconds = (performance.now() - last.sinceMs) / 1000;
+    last.summary.textContent = seconds < CLEAR_S ? "Thoughts" : `Thought for ${duration(seconds)}`;
   }
 
   /** At most once per frame, however fast the text comes. */
@@ -113,11 +116,12 @@ export class Answer {
   }
 
   /** A call that the server runs itself; it may come again with its result. */
-  #showRun({ id, name, arguments: given, result }) {
-    const known = this.#calls.get(id) ?? {};
-    const call = { ...known, name: name ?? known.name, arguments: given ?? known.arguments, result: result ?? known.result };
+  #showRun({ id, name, type, arguments: given, result }) {
+    const call = this.#calls.get(id) ?? { name: name ?? type, arguments: given };
     this.#calls.set(id, call);
-    call.code ??= this.#card(call.name === ZOOM ? "The call" : `Uses ${call.name}`, this.#zoomed(call));
+    call.result = result ?? call.result;
+    const picture = call.code ? null : this.#zoomed(call);
+    call.code ??= this.#card(picture ? "The call" : `Uses ${call.name}`, picture);
     call.code.textContent = pretty({ name: call.name, arguments: call.arguments, result: call.result });
   }
 
@@ -131,25 +135,28 @@ export class Answer {
     return code;
   }
 
-  /** Where the model looked, and what it saw there. */
-  #zoomed({ name, arguments: given }) {
-    const { bbox_2d: corners, label = "", img_idx: at } = parsed(given);
-    const [picture, box] = [this.pictures.at(Number.isInteger(at) ? at : -1), orderly(corners)];
-    if (name !== ZOOM || !picture || !box) return null;
+  /** Where the model looked, and what it saw there; null when it is not known. */
+  #zoomed({ name, arguments: given, result }) {
+    const { bbox_2d: corners, label = "", picture: asked } = parsed(given);
+    const number = result?.picture ?? asked;
+    const from = number ? this.seen[number - 1] : this.seen.find(({ picture }) => picture === this.main);
+    const box = orderly(corners);
+    if (name !== ZOOM || !from || !box || result?.error) return null;
+    const [picture, part] = [from.picture, within(from.part, box)];
+    this.seen.push({ picture, part });
     return el(
       "figure",
       { className: "zoomed" },
-      el("div", { className: "pair" }, framed(picture, [{ box, label: "" }]), crop(picture, box)),
+      el("div", { className: "pair" }, framed(picture, [{ box: part, label: "" }]), crop(picture, part)),
       el("figcaption", {}, "Looked closer", label && " at ", label && el("strong", {}, String(label))),
     );
   }
 
   #showBoxes() {
     const boxes = findBoxes(this.content);
-    const picture = this.pictures.at(-1);
-    if (boxes.length === 0 || !picture) return;
-    const caption = `${counted(boxes.length, "box", "boxes")} in ${picture.name}`;
-    this.body.append(el("figure", { className: "grounded" }, framed(picture, boxes), el("figcaption", {}, caption)));
+    if (boxes.length === 0 || !this.main) return;
+    const caption = `${counted(boxes.length, "box", "boxes")} in ${this.main.name}`;
+    this.body.append(el("figure", { className: "grounded" }, framed(this.main, boxes), el("figcaption", {}, caption)));
   }
 
   #numbers() {

@@ -2,7 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { listModels, streamChat } from "./api.js";
-import { bodyOf, mostTokens, picturesUpTo } from "./conversation.js";
+import { bodyOf, galleryOf, mostTokens } from "./conversation.js";
 import { byId, el } from "./dom.js";
 import { cards } from "./examples.js";
 import { preview, Tray } from "./media.js";
@@ -81,7 +81,7 @@ function asked({ text, media }) {
 }
 
 async function ask(turn) {
-  const answer = new Answer(picturesUpTo(turns, turn));
+  const answer = new Answer(galleryOf(turns));
   const control = new AbortController();
   log.append(answer.node);
   begin(control);

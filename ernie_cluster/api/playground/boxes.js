@@ -23,6 +23,11 @@ export function orderly(given) {
   return box[2] > box[0] && box[3] > box[1] ? box : null;
 }
 
+/** A box of a part of a picture, as a box of the whole picture. */
+export function within([x1, y1, x2, y2], box) {
+  return box.map((v, i) => (i % 2 === 0 ? x1 + (v * (x2 - x1)) / 1000 : y1 + (v * (y2 - y1)) / 1000));
+}
+
 /** A picture with frames drawn over it, which grow and shrink with it. */
 export function framed(picture, boxes) {
   const image = el("img", { src: picture.url, alt: picture.name });

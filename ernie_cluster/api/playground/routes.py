@@ -46,7 +46,7 @@ _HEADERS = {
 
 
 def add_playground(app: FastAPI) -> None:
-    """Serve the page at `/`; the door lets everybody see it."""
+    """Serve the page at `/`. It is for everybody to see: a guard of the app is to know `PATHS` as open."""
     for path, name in PATHS.items():
         app.add_route(path, StaticFile(name).respond, methods=["GET", "HEAD"], include_in_schema=False)
 

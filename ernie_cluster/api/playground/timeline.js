@@ -49,7 +49,9 @@ function line(laid) {
 
 function told([key, value]) {
   const values = [value].flat().map(grouped).join("; ");
-  return key === "why" ? values : `${key.replaceAll("_", " ")} ${values}`;
+  if (key === "why") return values;
+  const name = key.replaceAll("_", " ");
+  return typeof value === "number" ? `${values} ${name}` : `${name} ${values}`;
 }
 
 function bar({ stage, left, width }) {

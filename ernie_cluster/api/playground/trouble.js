@@ -56,7 +56,8 @@ function retryButton(retry, retryAfterS) {
   return button;
 }
 
+/** Begins large, unless it begins with the name of a field, and ends with a full stop. */
 function sentence(words) {
-  const text = words.charAt(0).toUpperCase() + words.slice(1);
+  const text = words.replace(/^[a-z](?=[a-z]* )/, (letter) => letter.toUpperCase());
   return /[.!?]$/.test(text) ? text : `${text}.`;
 }
