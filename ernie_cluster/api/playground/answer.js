@@ -30,7 +30,8 @@ export class Answer {
     this.seen = pictures.map((picture) => ({ picture, part: [0, 0, 1000, 1000] }));
     this.body = el("div", { className: "blocks" });
     this.waiting = el("p", { className: "waiting", "aria-hidden": "true" }, el("i"), el("i"), el("i"));
-    this.node = el("article", { className: "turn answer", "aria-label": "Answer", "aria-busy": "true" }, this.body, this.waiting);
+    const what = { className: "turn answer", "aria-label": "Answer", "aria-busy": "true" };
+    this.node = el("article", what, this.body, this.waiting);
   }
 
   /** Take a chunk of the stream. */
@@ -58,7 +59,7 @@ export class Answer {
     this.node.setAttribute("aria-busy", "false");
     if (!this.body.hasChildNodes() && !last) this.body.append(el("p", { className: "aside" }, "The answer is empty."));
     this.#showBoxes();
-    if (this.#finish === "length") last ||= "Cut off: the longest answer allowed is reached. The settings have the limit.";
+    if (this.#finish === "length") last ||= "Cut off: this is the longest answer that the settings allow.";
     if (last) this.node.append(typeof last === "string" ? el("p", { className: "aside" }, last) : last);
     const numbers = this.#numbers();
     if (numbers) this.node.append(numbers);
@@ -129,7 +130,8 @@ export class Answer {
   #card(title, picture = null) {
     this.#endThought();
     const code = el("code");
-    const folded = el("details", { className: "call", open: picture === null }, el("summary", {}, title), el("pre", {}, code));
+    const json = el("pre", {}, code);
+    const folded = el("details", { className: "call", open: picture === null }, el("summary", {}, title), json);
     this.body.append(el("div", { className: "card" }, picture, folded));
     this.#blocks.push({ kind: "card", text: "", drawn: "" });
     return code;

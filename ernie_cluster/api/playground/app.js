@@ -41,8 +41,9 @@ async function loadModels() {
     models = [];
     const isKey = error.status === 401;
     const remedy = isKey ? settings.askForKey.bind(settings) : loadModels;
-    const button = el("button", { type: "button", className: "plain", onclick: remedy }, isKey ? "Enter a key" : "Try again");
-    notice(isKey && !settings.key ? "This server asks for an API key." : `No models: ${error.message}.`, button);
+    const words = isKey && !settings.key ? "This server asks for an API key." : `No models: ${error.message}.`;
+    const name = isKey ? "Enter a key" : "Try again";
+    notice(words, el("button", { type: "button", className: "plain", onclick: remedy }, name));
   }
   select.replaceChildren(...models.map(({ id }) => el("option", { value: id }, id)));
   select.disabled = models.length === 0;
@@ -113,18 +114,22 @@ async function ask(turn) {
 function begin(control) {
   running = control;
   isAtEnd = true;
-  byId("send").hidden = true;
-  byId("stop").hidden = false;
+  swap(byId("send"), byId("stop"));
   announce("Asked. The answer is coming.");
   scroll();
 }
 
 function over() {
   running = null;
-  const wasStop = document.activeElement === byId("stop");
-  byId("send").hidden = false;
-  byId("stop").hidden = true;
-  if (wasStop) prompt.focus();
+  swap(byId("stop"), byId("send"));
+}
+
+/** Shows one button in place of another, which hands on the focus if it has it. */
+function swap(old, fresh) {
+  const hasFocus = document.activeElement === old;
+  fresh.hidden = false;
+  old.hidden = true;
+  if (hasFocus) fresh.focus();
 }
 
 function startOver() {

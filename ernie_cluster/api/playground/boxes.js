@@ -43,7 +43,7 @@ function frame({ box: [x1, y1, x2, y2], label }, i) {
 
 /** A canvas with the part of the picture that a box means; empty until the picture is decoded. */
 export function crop(picture, [x1, y1, x2, y2]) {
-  const canvas = el("canvas", { className: "crop", role: "img", "aria-label": "the enlarged part", width: 1, height: 1 });
+  const canvas = el("canvas", { className: "crop", role: "img", "aria-label": "enlarged part", width: 1, height: 1 });
   const image = el("img", { src: picture.url });
   const draw = () => {
     const [x, y] = [(x1 / 1000) * image.naturalWidth, (y1 / 1000) * image.naturalHeight];

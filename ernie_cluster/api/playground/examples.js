@@ -2,7 +2,14 @@
 
 import { el } from "./dom.js";
 
-const INK = { red: "#d93a34", yellow: "#efb70f", blue: "#2f62d6", green: "#2b9a53", orange: "#ea7d18", purple: "#7c3fc4" };
+const INK = {
+  red: "#d93a34",
+  yellow: "#efb70f",
+  blue: "#2f62d6",
+  green: "#2b9a53",
+  orange: "#ea7d18",
+  purple: "#7c3fc4",
+};
 
 const EXAMPLES = [
   {

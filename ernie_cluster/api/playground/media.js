@@ -15,7 +15,8 @@ const KINDS = {
 /** A file as {kind, name, url, dataUrl}: `url` shows it here, `dataUrl` travels. Throws Error in words for the user. */
 export async function readFile(file) {
   const kind = KINDS[file.type];
-  if (!kind) throw new Error(`${file.name || "This"} is not a PNG, JPEG, WebP or GIF picture, nor an MP4 or WebM video.`);
+  const name = file.name || "The file";
+  if (!kind) throw new Error(`${name} is not a PNG, JPEG, WebP or GIF picture, nor an MP4 or WebM video.`);
   const dataUrl = await new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
@@ -28,15 +29,16 @@ export async function readFile(file) {
 /** An `<img>` or a `<video>`; in a conversation, videos can be played. */
 export function preview({ kind, name, url }, { canPlay = false } = {}) {
   if (kind === "image") return el("img", { src: url, alt: name });
-  return el("video", { src: url, muted: true, controls: canPlay, playsInline: true, preload: "metadata", "aria-label": name });
+  const look = { muted: true, controls: canPlay, playsInline: true, preload: "metadata" };
+  return el("video", { src: url, "aria-label": name, ...look });
 }
 
-/** The row of thumbnails above the message. `onNews` is told when something went wrong, or wrong no more (""). */
+/** The row of thumbnails above the message. `onTrouble` is told of files that cannot be attached, in words. */
 export class Tray {
   #media = [];
 
-  constructor(onNews) {
-    this.onNews = onNews;
+  constructor(onTrouble) {
+    this.onTrouble = onTrouble;
     this.list = byId("attached");
     byId("attach").onclick = () => byId("files").click();
     byId("files").onchange = ({ target }) => {
@@ -58,8 +60,9 @@ export class Tray {
   /** Attach files; those that cannot be sent are told of. */
   async add(files) {
     const read = await Promise.allSettled(files.map(readFile));
-    this.#media.push(...read.filter((r) => r.status === "fulfilled").map((r) => r.value));
-    this.onNews(read.filter((r) => r.status === "rejected").map((r) => r.reason.message).join(" "));
+    const refused = read.filter(({ status }) => status === "rejected");
+    this.#media.push(...read.filter(({ status }) => status === "fulfilled").map(({ value }) => value));
+    if (refused.length > 0) this.onTrouble(refused.map(({ reason }) => reason.message).join(" "));
     this.#show();
   }
 
@@ -78,7 +81,8 @@ export class Tray {
 
   #show() {
     this.list.hidden = this.isEmpty;
-    this.list.replaceChildren(...this.#media.map((item) => el("li", {}, preview(item), this.#remover(item))));
+    const items = this.#media.map((item) => el("li", {}, preview(item), this.#remover(item)));
+    this.list.replaceChildren(...items);
   }
 
   #remover(item) {
@@ -88,7 +92,8 @@ export class Tray {
       this.#show();
       byId("prompt").focus();
     };
-    return el("button", { type: "button", "aria-label": `Remove ${item.name}`, title: "Remove", onclick: remove }, "×");
+    const what = { type: "button", "aria-label": `Remove ${item.name}`, title: "Remove" };
+    return el("button", { ...what, onclick: remove }, "×");
   }
 
   #listenToDrops() {
