@@ -20,6 +20,7 @@ from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.keys import KeyRing
 from ernie_cluster.api.limits import ApiLimits
+from ernie_cluster.api.playground.routes import PATHS, add_playground
 from ernie_cluster.config.cluster import ApiConfig, ClusterConfig
 from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.inputs.clip import VideoLimits
@@ -54,11 +55,18 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
             config.api.builtin_tools,
             beside=grpc,
         )
-        if config.api.cors_origins:
-            allow_origins(api, config.api.cors_origins)
+        face_browsers(api, config.api)
         return api
 
     return build
+
+
+def face_browsers(app: FastAPI, api: ApiConfig) -> None:
+    """The page that we serve, and the pages of others that may call. To be called last."""
+    if api.playground:
+        add_playground(app)
+    if api.cors_origins:
+        allow_origins(app, api.cors_origins)
 
 
 def make_guard(api: ApiConfig, metrics: Metrics) -> Guard:
@@ -69,6 +77,7 @@ def make_guard(api: ApiConfig, metrics: Metrics) -> Guard:
         isolate_prefix_cache=api.isolate_prefix_cache,
         metrics=metrics,
         clock=time.monotonic,
+        pages=PATHS if api.playground else (),
     )
 
 

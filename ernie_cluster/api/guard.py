@@ -7,7 +7,7 @@ the request is routed, letter for letter.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,6 +40,7 @@ class Guard:
         isolate_prefix_cache: each key's prompts and pictures are cached for it alone.
         metrics: counts those who are turned away.
         clock: seconds, not running backwards.
+        pages: routes beside `OPEN` that never need a key.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class Guard:
         isolate_prefix_cache: bool,
         metrics: Metrics,
         clock: Callable[[], float],
+        pages: Container[str] = (),
     ) -> None:
         self._ring = ring
         self._admin_sha256 = admin_sha256
         self._isolate = isolate_prefix_cache
         self._metrics = metrics
         self._clock = clock
+        self._pages = pages
         self._budgets: dict[str, Budget] = {}
 
     def closes(self, path: str) -> bool:
@@ -67,7 +70,7 @@ class Guard:
     async def identify(self, scope: Scope) -> Guest:
         """Raises Unauthorized: the route needs a key, and the request bears none of those that open it."""
         path = scope["path"]
-        if path in OPEN:
+        if path in OPEN or path in self._pages:
             return ANYBODY
         if path in ADMIN:
             if self._admin_sha256 is not None and not is_key(_key(scope), self._admin_sha256):

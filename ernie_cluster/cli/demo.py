@@ -96,6 +96,7 @@ def how_to_go_on(url: str, model: str, folder: Path) -> str:
     return f"""
   The server stays up until Ctrl-C:
 
+    {url}             a page to try it in a browser
     {url}/v1          OpenAI API, model {model!r}
     {url}/metrics     Prometheus metrics
     {url}/ready       which pools are ready

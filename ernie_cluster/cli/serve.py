@@ -57,7 +57,8 @@ def main(args: argparse.Namespace) -> int:
         launch.start(config, progress, timeout_s=args.timeout)
         url = base_url(config.api.host, config.api.port)
         grpc = "" if config.api.grpc_port is None else f", gRPC on port {config.api.grpc_port}"
-        progress(f"ready: {url}/v1 serves {', '.join(m.name for m in config.models)}{grpc}; Ctrl-C stops")
+        page = f"; {url} is a page to try them" if config.api.playground else ""
+        progress(f"ready: {url}/v1 serves {', '.join(m.name for m in config.models)}{grpc}{page}; Ctrl-C stops")
         wait_for_signal()
     finally:
         launch.stop(progress)

@@ -315,6 +315,8 @@ class ApiConfig:
     """Cache each key's prompts and pictures for it alone, so that no answer's speed tells what others have sent."""
     cors_origins: tuple[str, ...] = ()
     """Web pages that may call the API from a browser, such as https://chat.example; "*" = all, empty = none."""
+    playground: bool = True
+    """Serve a page to try the models in a browser, at `/`; it is open to see, and asks its user for a key."""
 
     def __post_init__(self) -> None:
         if not self.host:

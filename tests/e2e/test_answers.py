@@ -118,6 +118,7 @@ def test_operators_pages(app: Application) -> None:
     assert [card["id"] for card in app.get("/v1/models").json()["data"]] == ["tiny", "mixed", "small"]
     assert app.get("/v1/models/mixed").json()["id"] == "mixed"
     assert app.get("/health").status_code == 200
+    assert "playground" in app.get("/").text
     ready = app.get("/ready").json()
     assert ready["ready"]
     assert {m["model"] for m in ready["models"]} == {"tiny", "mixed", "small"}

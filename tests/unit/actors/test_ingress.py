@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie_cluster.actors.ingress import make_guard
+from ernie_cluster.actors.ingress import face_browsers, make_guard
 from ernie_cluster.config.cluster import ApiConfig
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.observe.metrics import InMemoryMetrics
@@ -37,6 +37,15 @@ async def test_without_keys_all_is_open() -> None:
     server = Server(guard=make_guard(ApiConfig(), InMemoryMetrics()))
     assert (await server.chat()).status_code == 200
     assert (await server.get("/metrics")).status_code == 200
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize(("api", "status"), [(ApiConfig(), 200), (ApiConfig(playground=False), 404)])
+async def test_the_playground_can_be_switched_off(api: ApiConfig, status: int) -> None:
+    server = Server(guard=make_guard(api, InMemoryMetrics()))
+    face_browsers(server.app, api)
+    assert (await server.get("/")).status_code == status
 
 
 def test_keys_that_cannot_be_read_stop_the_start(tmp_path: Path) -> None:
