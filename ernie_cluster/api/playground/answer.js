@@ -1,6 +1,6 @@
 /** One answer while it comes: thoughts, zooms, calls and text in the order in which they come, and then its numbers. */
 
-import { crop, findBoxes, framed, orderly } from "./boxes.js";
+import { crop, findBoxes, framed, orderly, within } from "./boxes.js";
 import { el } from "./dom.js";
 import { counted, duration, grouped } from "./numbers.js";
 import { show } from "./text.js";
