@@ -140,7 +140,10 @@ class Client:
 
     def models(self) -> Sequence[pb.Model]:
         """What is served."""
-        return self._one(pb.ListModelsResponse, self._stub.ListModels, pb.ListModelsRequest()).models
+        models: Sequence[pb.Model] = self._one(
+            pb.ListModelsResponse, self._stub.ListModels, pb.ListModelsRequest()
+        ).models
+        return models
 
     def _one(self, kind: type[T], method: Callable[..., T], request: Any) -> T:
         """The answer, which is of this kind."""
