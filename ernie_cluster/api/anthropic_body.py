@@ -217,7 +217,7 @@ def _conversation(body: PromptBody) -> Conversation:
         )
     conversation = Conversation(_FIELDS | _tool_fields(len(body.tools or ())))
     if body.system:
-        conversation.add("system", joined(body.system), "system")
+        conversation.add("system", joined(body.system), "system", within="")
     for i, message in enumerate(body.messages):
         origin = f"messages[{i}]"
         if isinstance(message, SystemMessage):

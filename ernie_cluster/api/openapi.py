@@ -253,7 +253,7 @@ def _answer(operation: Operation, refs: Mapping[Any, Schema]) -> Schema:
         content = {"text/plain": content["application/json"]}
     if operation.event is not None:
         words = "With `stream: true`: server-sent events, whose data is as `x-event-schema` says, or `[DONE]`."
-        events = {"schema": {"type": "string", "description": words}, "x-event-schema": refs[operation.event]}
+        events = {"schema": {"description": words}, "x-event-schema": refs[operation.event]}
         content["text/event-stream"] = events
     return {"description": "The answer.", "headers": _headers("RequestId"), "content": content}
 

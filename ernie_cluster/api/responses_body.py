@@ -176,9 +176,9 @@ def _conversation(body: ResponsesBody) -> Conversation:
     tools = {f"tools[{i}].function": f"tools[{i}]" for i in range(len(body.tools or ()))}
     conversation = Conversation(_FIELDS | tools)
     if body.instructions:
-        conversation.add("system", body.instructions, "instructions")
+        conversation.add("system", body.instructions, "instructions", within="")
     if isinstance(body.input, str):
-        conversation.add("user", body.input, "input")
+        conversation.add("user", body.input, "input", within="")
         return conversation
     previous: Strict | None = None
     for i, item in enumerate(body.input):

@@ -15,6 +15,8 @@ class PromptTokensDetails(Shape):
     """Of a prompt's tokens."""
 
     cached_tokens: int
+    image_tokens: int
+    video_tokens: int
 
 
 class CompletionTokensDetails(Shape):

@@ -42,7 +42,7 @@ def _known(name: str) -> str:
 class OwnTool(Strict):
     """A tool that the server itself runs."""
 
-    type: Annotated[str, AfterValidator(_known)]
+    type: Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": list(TOOLS)})]
 
     @property
     def definition(self) -> dict[str, Any]:

@@ -46,14 +46,14 @@ class Conversation:
             role: chat's.
             content: text, or parts.
             origin: where it comes from.
-            within: the field of `origin` that holds the content.
+            within: the field of `origin` that holds the content; "" where a text itself is the origin.
             start: index there of the first part.
 
         Returns:
             The message, to which more may be added.
         """
         path = f"messages[{len(self.messages)}]"
-        self.origins |= {path: origin, f"{path}.content": f"{origin}.{within}"}
+        self.origins |= {path: origin, f"{path}.content": f"{origin}.{within}" if within else origin}
         message: dict[str, Any] = {"role": role, "content": content}
         if not isinstance(content, str):
             message["content"] = [part.chat for part in content]

@@ -17,13 +17,11 @@ from ernie_cluster.config.cluster import (
     ModelDeployment,
     PoolConfig,
     Role,
-    RouterConfig,
 )
 
 _SMALL_ENGINE = EngineConfig(  # 26,000 tokens of pocket's bf16 KV, 1,280 bytes each; 16,000 of tiny's float32
     kv_cache_bytes=32 * MIB, max_batch_tokens=512, max_num_seqs=16, num_threads=1, max_model_len=4096
 )
-_PATIENT = RouterConfig(heartbeat_timeout_s=10)  # a laptop that does other things, too, pauses for seconds
 _SMALL_CPUS = 0.1  # of a core per replica: the demo's four processes share a laptop
 
 POCKET = str(Path(__file__).parents[1] / "data" / "pocket")
@@ -101,7 +99,7 @@ def _serve(deployment: ModelDeployment) -> ClusterConfig:
 
 def _on_cpu(name: str, path: str, *roles: Role) -> ClusterConfig:
     pools = tuple(PoolConfig(role, num_cpus=_SMALL_CPUS) for role in roles)
-    return ClusterConfig(models=(ModelDeployment(name, path, pools, _SMALL_ENGINE),), router=_PATIENT)
+    return _serve(ModelDeployment(name, path, pools, _SMALL_ENGINE))
 
 
 def _gpu_pools(tp: int) -> tuple[PoolConfig, ...]:

@@ -23,7 +23,7 @@ from ernie_cluster.config.presets import PACKAGED, PRESETS
 from ernie_cluster.errors import ConfigError
 
 COUNTS = st.integers(1, 2**40)
-SECONDS = st.floats(2.5, 1e6)
+SECONDS = st.floats(5.5, 1e6)  # more than a heartbeat may take
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1)
 NAMES = st.from_regex(r"[\w.:/@+-]+", fullmatch=True)
 
