@@ -64,9 +64,10 @@ published checkpoints, so that any loader of the family takes it.
 |---|---|
 {shape}
 
-Trained for {steps} steps with seed {seed} in {minutes:.0f} minutes on two CPU cores: {samples} questions about drawn
-pictures, Muon for matrices and AdamW for the rest, experts balanced by their bias, and two linear heads beside the
-model that were taught what stands at each patch and then left behind.
+Trained for {steps} steps with seed {seed} in {minutes:.0f} minutes on two CPU cores: {samples} pictures and questions
+about them, Muon for matrices and AdamW for the rest, experts balanced by their bias, and linear heads beside the model
+that were taught what stands at each patch, and where, and then left behind. The eyes learn first, alone; then the decoder,
+while they rest; in the end both.
 """
 
 

@@ -36,8 +36,21 @@ def respondent() -> object:
     return Respondent(FOLDER)
 
 
-FLOORS: list[tuple[str, Language, float]] = []
-"""Skill, language, least share of right answers among 16 held-out questions."""
+FLOORS: list[tuple[str, Language, float]] = [
+    *((skill, language, 0.75) for skill in ("colour", "shape", "talk") for language in ("en", "zh")),
+    ("count", "en", 0.5),
+    ("count", "zh", 0.5),
+    ("describe", "en", 0.6),
+    ("describe", "zh", 0.55),
+    ("compare", "en", 0.55),
+    ("read", "en", 0.6),
+    ("read", "zh", 0.6),
+    ("arithmetic", "en", 0.4),
+    ("arithmetic", "zh", 0.35),
+    ("motion", "en", 0.7),
+    ("tool", "en", 0.4),
+]
+"""Skill, language, least share of right answers among 16 held-out questions. Boxes and zooms are not good enough yet."""
 
 
 @pytest.mark.parametrize(("skill", "language", "floor"), FLOORS)
@@ -69,7 +82,7 @@ def test_training_and_serving_compute_the_same() -> None:
     load_decoder(network.decoder, processor.config, Checkpoint(FOLDER), has_vision_experts=True)
     load_vision(network.vision, processor.config, Checkpoint(FOLDER))
     samples = [
-        draw(skill, HELD_OUT + i) for skill in ("colour", "ground", "compare", "motion", "tool") for i in range(3)
+        draw(skill, HELD_OUT + i) for skill in ("colour", "describe", "compare", "motion", "tool") for i in range(3)
     ]
     said = respondent.ask(samples)
     assert processor.config.token_ids is not None
