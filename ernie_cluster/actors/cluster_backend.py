@@ -84,7 +84,8 @@ class ClusterBackend:
     async def status(self) -> list[ModelStatus]:
         """See `Backend`."""
         try:
-            status: list[ModelStatus] = await asyncio.wait_for(self._router.call("status"), _STATUS_TIMEOUT_S)
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                status: list[ModelStatus] = await self._router.call("status")
         except Exception as e:  # which may name addresses and paths, and everybody may ask
             log.warning("no status: %s", translate(e, "the router"))
             return [ModelStatus(m.name, False, "the router does not answer") for m in self._config.models]
@@ -93,7 +94,8 @@ class ClusterBackend:
     async def loads(self) -> list[ReplicaLoad]:
         """See `Backend`."""
         try:
-            loads: list[ReplicaLoad] = await asyncio.wait_for(self._router.call("loads"), _STATUS_TIMEOUT_S)
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                loads: list[ReplicaLoad] = await self._router.call("loads")
         except Exception as e:
             raise translate(e, "the router") from None
         return loads
@@ -157,10 +159,10 @@ class ClusterBackend:
         deadline = time.monotonic() + _CALL_TIMEOUT_S
         while True:
             try:
-                call = self._router.call(
-                    "acquire", request.request_id, demand, sorted(lost), self._config.router.lease_timeout_s
-                )
-                route: Route = await asyncio.wait_for(call, deadline - time.monotonic())
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    route: Route = await self._router.call(
+                        "acquire", request.request_id, demand, sorted(lost), self._config.router.lease_timeout_s
+                    )
                 return route
             except Exception as e:
                 error = translate(e, "the router")
@@ -229,7 +231,8 @@ class ClusterBackend:
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         async def quietly() -> None:
             try:
-                await asyncio.wait_for(work, _CALL_TIMEOUT_S)
+                async with asyncio.timeout(_CALL_TIMEOUT_S):
+                    await work
             except Exception as e:
                 log.info("a clean-up call failed: %s", e)
 

@@ -78,7 +78,8 @@ class EventHub:
         if not client.unacknowledged and not client.waiting:
             client.has_news.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(client.has_news.wait(), POLL_S)
+                async with asyncio.timeout(POLL_S):
+                    await client.has_news.wait()
         client.unacknowledged += tuple(client.waiting)
         client.waiting.clear()
         client.number += 1

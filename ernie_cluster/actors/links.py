@@ -125,8 +125,8 @@ class Link:
         acknowledged = 0
         try:
             while True:
-                poll = self.call("poll", self._client_id, acknowledged)
-                batch: Batch = await asyncio.wait_for(poll, _POLL_TIMEOUT_S)
+                async with asyncio.timeout(_POLL_TIMEOUT_S):
+                    batch: Batch = await self.call("poll", self._client_id, acknowledged)
                 acknowledged = batch.number
                 for outcome in batch.outcomes:
                     queue = self._queues.get(outcome.request_id)

@@ -95,7 +95,10 @@ async def merge(
 async def _take(queue: asyncio.Queue[News], deadline: float, timeout_s: float) -> list[News]:
     """All that is there, at least one."""
     try:
-        items = [await asyncio.wait_for(queue.get(), max(0.0, deadline - time.monotonic()))]
+        # not `wait_for`: Python 3.11's forgets that it was cancelled when the item comes in the same moment, and the
+        # answer to a client who has left would be computed to its end
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            items = [await queue.get()]
     except TimeoutError:
         raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
     while not queue.empty():

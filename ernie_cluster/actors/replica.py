@@ -106,7 +106,8 @@ class PoolReplica:
         """A snapshot each second notices a dead rank, or a live one whose engine has stopped."""
         while True:
             try:
-                await asyncio.wait_for(self._rank.snapshot.remote(), 10 * _REGISTER_S)
+                async with asyncio.timeout(10 * _REGISTER_S):
+                    await self._rank.snapshot.remote()
             except Exception as e:
                 log.error("%s has failed: %s", self._info.replica_id, e)
                 self._failure = ReplicaLost(f"{self._info.replica_id} has failed: {e}")
@@ -123,7 +124,8 @@ class PoolReplica:
             (self._stop_rank, _STOP_TIMEOUT_S),
         ):
             try:
-                await asyncio.wait_for(step(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await step()
             except Exception as e:
                 log.info("stopping %s: %s", self._info.replica_id, e or type(e).__name__)
         ray.kill(self._rank)

@@ -191,7 +191,8 @@ class Router:
             actor = ray.get_actor(info.actor_name, NAMESPACE)
             while True:
                 asked = time.monotonic()
-                load = await asyncio.wait_for(actor.snapshot.remote(), self._limits.heartbeat_timeout_s)
+                async with asyncio.timeout(self._limits.heartbeat_timeout_s):
+                    load = await actor.snapshot.remote()
                 now = time.monotonic()
                 self._books.report(self._snapshot(info, load, age_s=now - asked), now)
                 await asyncio.sleep(self._limits.snapshot_interval_s)

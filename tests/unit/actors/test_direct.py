@@ -18,7 +18,7 @@ from ernie_cluster.actors import direct
 from ernie_cluster.actors.direct import Address, DirectPeer, DirectServer, RemoteFailure
 from ernie_cluster.errors import EngineFailed, Overloaded, ReplicaLost
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

@@ -112,6 +112,31 @@ def test_first_failure_is_the_one_that_is_told() -> None:
     assert error.failure is LOST
 
 
+@pytest.mark.parametrize("num_turns", range(5))
+def test_who_is_cancelled_as_news_come_is_cancelled(num_turns: int) -> None:
+    """Else the answer to a client who has left goes on to its end."""
+
+    async def run() -> bool:
+        queue: asyncio.Queue[News] = asyncio.Queue()
+
+        async def read() -> None:
+            async for _ in merge(queue, 0, [], 60.0):
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0)
+        queue.put_nowait(TokenEvent("r", 0, (1,)))
+        for _ in range(num_turns):  # of the loop, at any of which the cancellation may come
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.2)
+        is_cancelled = task.cancelled()
+        task.cancel()
+        return is_cancelled
+
+    assert asyncio.run(run())
+
+
 def test_silence_ends_at_the_deadline() -> None:
     async def run() -> None:
         async for _ in merge(asyncio.Queue(), 0, [], timeout_s=0.0):

@@ -17,7 +17,7 @@ from tests.unit.api.hostile.house import House
 from tests.unit.api.hostile.row import LIMITS, Row, content, tool
 from tests.unit.api.hostile.table import TABLE
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60, func_only=True)]  # the house brings torch
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180, func_only=True)]  # the house brings torch
 
 
 @pytest.fixture(scope="module")

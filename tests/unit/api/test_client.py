@@ -28,7 +28,7 @@ from tests.fakes import FakeBackend, FakeProcessor, bytes_of, say
 from tests.unit.api.grpc_face import face
 from tests.unit.api.test_guard import House
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(180)]
 
 T = TypeVar("T")
 

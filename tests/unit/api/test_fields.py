@@ -14,7 +14,7 @@ from ernie_cluster.request import FinishReason, GenerationRequest, MediaInput, S
 from tests.fakes import EOS, FakeBackend, FakeProcessor, Step, bytes_of, say
 from tests.unit.api.client import CHAT_URL, COMPLETION_URL, Connection, Server, events_of
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 
 def sampled(server: Server) -> SamplingParams:

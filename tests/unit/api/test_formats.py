@@ -14,7 +14,7 @@ from tests.unit.api.client import Server, events_of
 from tests.unit.api.test_tools import ANSWER, ARGUMENTS, CALLS, THINK
 from tests.unit.grammar.test_write import accepts
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 GOOD, BAD = '{"age": 3}', '{"age": "x"}'

@@ -14,7 +14,7 @@ from ernie_cluster.observe.metrics import InMemoryMetrics
 from tests.fakes import FakeBackend
 from tests.unit.api.client import Server
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 VISION = ReplicaLoad("m", "vision", "m/vision/1", 1, 2, 30, 0, 0)
 DECODE = ReplicaLoad("m", "decode", "m/decode/1", 4, 0, 0, 60, 100)

@@ -13,7 +13,7 @@ from tests.fakes import FakeBackend, FakeProcessor, bytes_of, say
 from tests.unit.api.grpc_face import TIMEOUT_S, chat_request, face
 from tests.unit.api.test_tools import ANSWER, ARGUMENTS, CALLS
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(180)]
 
 ASK: dict[str, Any] = {
     "tools": [pb.Tool(name="weather", parameters='{"type": "object"}')],

@@ -25,7 +25,7 @@ from tests.fakes import FakeBackend, FakeProcessor, say
 from tests.unit.api.grpc_face import TIMEOUT_S, chat_request, face, failure, trailing
 from tests.unit.api.test_guard import House
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(180)]
 
 CODES = grpc.StatusCode
 

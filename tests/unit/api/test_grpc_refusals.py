@@ -13,7 +13,7 @@ from ernie_cluster.proto.v1 import inference_pb2 as pb
 from tests.fakes import FakeBackend, say
 from tests.unit.api.grpc_face import HELLO, TIMEOUT_S, Face, chat_request, face, failure, trailing
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("lasting_loop"), pytest.mark.timeout(180)]
 
 CODES = grpc.StatusCode
 

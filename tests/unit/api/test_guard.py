@@ -24,7 +24,7 @@ from ernie_cluster.request import GenerationRequest, MediaInput
 from tests.fakes import FakeBackend, FakeProcessor, say
 from tests.unit.api.client import CHAT_URL, Connection, Server, chat_body
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 PROMPT_TOKENS = len("<user>hi")
 ANSWER_TOKENS = len("Hello") + 1

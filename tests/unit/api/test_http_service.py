@@ -16,7 +16,7 @@ from ernie_cluster.request import FinishReason, Span
 from tests.fakes import FakeBackend, Script, Step, bytes_of, say
 from tests.unit.api.client import COMPLETION_URL, Connection, Server, chat_body, events_of
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 
 def stream_body(**fields: Any) -> bytes:

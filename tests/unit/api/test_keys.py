@@ -14,7 +14,7 @@ from ernie_cluster.api.keys import KeyRing, given_key, owner_of
 from ernie_cluster.config.keys import ApiKey
 from ernie_cluster.errors import ConfigError
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 
 def entry(name: str, key: str) -> ApiKey:

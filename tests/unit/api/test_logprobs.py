@@ -19,7 +19,7 @@ from tests.fakes import EOS, ByteDetokenizer, FakeBackend, FakeProcessor, bytes_
 from tests.unit.api.client import Server, events_of
 from tests.unit.api.test_tools import ANSWER, THINK, TOOLS
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 PROCESSOR = FakeProcessor()
 MARKUPS = [Markup(), Markup("maybe", has_tools=True), Markup("open", has_tools=True)]

@@ -18,7 +18,7 @@ from tests.unit.api.client import Server
 from tests.unit.api.test_responses import StrictProcessor
 from tests.unit.api.test_tools import ANSWER, ARGUMENTS, CALLS
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 URL = "/v1/messages"
 HI: Any = [{"role": "user", "content": "hi"}]

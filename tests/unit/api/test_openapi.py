@@ -24,7 +24,7 @@ from tests.unit.api.client import Server, chat_body
 from tests.unit.api.hostile.row import Row
 from tests.unit.api.hostile.table import TABLE
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
 
 PATHS = {operation.path: operation for operation in OPERATIONS}
 STREAMS = [operation.path for operation in OPERATIONS if operation.event is not None]

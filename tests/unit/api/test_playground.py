@@ -15,7 +15,7 @@ from ernie_cluster.api.playground.routes import PATHS, add_playground
 from tests.unit.api.client import Server
 from tests.unit.api.test_guard import House
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
 
 FOLDER = Path(routes.__file__).parent
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file() and path.suffix != ".py")

@@ -16,7 +16,7 @@ from tests.unit.api.client import Server
 from tests.unit.api.test_openai_client import connect
 from tests.unit.api.test_tools import ANSWER, ARGUMENTS, CALLS
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 URL = "/v1/responses"
 PICTURE = "data:image/png;base64,AA=="

@@ -22,7 +22,7 @@ from tests.unit.api.rounds import ADD, ASKED, BOX, CALCULATOR, LOOK, PICTURE, UR
 from tests.unit.api.test_guard import House
 from tests.unit.api.test_openai_client import connect
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 THINK = {"enable_thinking": True}
 FIRST = f"I zoom in.</think>\n\n{LOOK}"

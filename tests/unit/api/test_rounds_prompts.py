@@ -25,7 +25,7 @@ from ernie_cluster.skills.tools import CALCULATOR, WEATHER, ZOOM
 from tests.fakes import FakeBackend
 from tests.unit.api.rounds import call
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
 
 
 class Speaker(FakeBackend):

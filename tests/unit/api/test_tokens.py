@@ -12,7 +12,7 @@ from ernie_cluster.api.tokens import detokenize, tokenize
 from tests.fakes import EOS, FakeProcessor, bytes_of
 from tests.unit.api.client import Server, chat_body
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(120)
 
 PROCESSOR = FakeProcessor()
 

@@ -12,7 +12,7 @@ from tests.fakes import FakeBackend, FakeProcessor, say
 from tests.unit.api.client import Connection, Server, chat_body
 from tests.unit.api.test_openai_client import connect
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 MESSAGES = cast("Any", [{"role": "user", "content": "Is it warm in Kyiv and Ulm?"}])
 TOOLS = cast("Any", [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}])

@@ -16,7 +16,7 @@ from tests.fakes import FakeBackend, say
 from tests.unit.api.client import CHAT_URL, COMPLETION_URL, Server
 from tests.unit.api.test_tools import ANSWER
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 # Everywhere
 

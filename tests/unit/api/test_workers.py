@@ -10,7 +10,7 @@ import pytest
 from ernie_cluster.api.workers import Workers
 from ernie_cluster.errors import Overloaded
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 
 async def test_a_full_queue_refuses_and_recovers() -> None:

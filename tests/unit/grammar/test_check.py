@@ -12,7 +12,7 @@ from ernie_cluster.grammar import check as module
 from ernie_cluster.grammar import write
 from ernie_cluster.grammar.check import check
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.mark.parametrize(
