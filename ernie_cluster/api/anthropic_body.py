@@ -24,7 +24,7 @@ from ernie_cluster.api.anthropic_blocks import (
     joined,
 )
 from ernie_cluster.api.schemas import ChatBody, Count, Name, StopString
-from ernie_cluster.api.tool_schemas import OwnTool, own_tool_tag
+from ernie_cluster.api.tool_schemas import EitherTool, OwnTool
 from ernie_cluster.api.translate import Conversation, add_call, add_reasoning, as_chat
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, type_tag, validated
 from ernie_cluster.errors import InvalidRequest
@@ -113,18 +113,7 @@ class PromptBody(Strict):
         ]
         | None
     ) = None
-    tools: (
-        Annotated[
-            list[
-                Annotated[
-                    Annotated[Tool, Tag("<function>")] | Annotated[ServerTool, Tag("<own>")],
-                    Discriminator(own_tool_tag),
-                ]
-            ],
-            Field(fail_fast=True),
-        ]
-        | None
-    ) = None
+    tools: Annotated[list[EitherTool[Tool, ServerTool]], Field(fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
             Annotated[NamedToolChoice, Tag("<tool>")] | Annotated[ToolChoice, Tag("<mode>")],

@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, Tag
 
 from ernie_cluster.api.responses_items import AssistantMessage, CallItem, InputMessage, Item, ReasoningItem, ResultItem
 from ernie_cluster.api.schemas import ChatBody, Count, Name
-from ernie_cluster.api.tool_schemas import OwnTool, own_tool_tag
+from ernie_cluster.api.tool_schemas import EitherTool, OwnTool
 from ernie_cluster.api.translate import Conversation, add_call, add_reasoning, as_chat
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, validated
 from ernie_cluster.errors import InvalidRequest
@@ -71,18 +71,7 @@ class ResponsesBody(Strict):
         Discriminator(list_tag),
     ]
     instructions: str | None = None
-    tools: (
-        Annotated[
-            list[
-                Annotated[
-                    Annotated[FunctionTool, Tag("<function>")] | Annotated[OwnTool, Tag("<own>")],
-                    Discriminator(own_tool_tag),
-                ]
-            ],
-            Field(fail_fast=True),
-        ]
-        | None
-    ) = None
+    tools: Annotated[list[EitherTool[FunctionTool, OwnTool]], Field(fail_fast=True)] | None = None
     tool_choice: (
         Annotated[
             Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[FunctionChoice, Tag("<object>")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
@@ -61,7 +61,13 @@ def own_tool_tag(value: Any) -> str:
     return "<own>" if isinstance(kind, str) and kind not in ("function", "custom") else "<function>"
 
 
-AnyTool = Annotated[Annotated[Tool, Tag("<function>")] | Annotated[OwnTool, Tag("<own>")], Discriminator(own_tool_tag)]
+Theirs = TypeVar("Theirs")
+Ours = TypeVar("Ours")
+EitherTool = Annotated[
+    Annotated[Theirs, Tag("<function>")] | Annotated[Ours, Tag("<own>")], Discriminator(own_tool_tag)
+]
+"""A client's function or a tool of our own, in one API's spelling."""
+AnyTool = EitherTool[Tool, OwnTool]
 
 
 def check_tool_names(tools: Sequence[AnyTool]) -> None:

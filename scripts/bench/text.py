@@ -14,8 +14,9 @@ import statistics
 import time
 from collections.abc import Callable
 
+from http_stream import IdleBackend
+
 from ernie_cluster.api.answer import Answer, ChoiceText
-from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.api.body import parse_object
 from ernie_cluster.api.dialect import Heading
 from ernie_cluster.api.limits import ApiLimits
@@ -27,19 +28,6 @@ from ernie_cluster.request import TokenEvent
 
 LIMITS = ApiLimits()
 WORDS = "How many red circles are left of the blue star in picture 27, and what is 12 + 30? "
-
-
-class NoBackend:
-    """Never asked."""
-
-    def generate(self, request: object) -> object:
-        raise NotImplementedError
-
-    async def status(self) -> list[ModelStatus]:
-        return []
-
-    async def close(self) -> None:
-        pass
 
 
 def read(processor: ChatProcessor, raw: bytes) -> Job:
@@ -58,7 +46,7 @@ def body(processor: ChatProcessor, num_tokens: int) -> bytes:
 
 def write(processor: ChatProcessor, job: Job, tokens: list[int]) -> int:
     """Detokenise, parse, and make the events of a stream; how many bytes they have."""
-    answer = Answer(NoBackend(), job, processor)  # type: ignore[arg-type]
+    answer = Answer(IdleBackend(), job, processor)
     text: ChoiceText = answer.choices[0].last
     look = CHAT.read({"model": "bench", "messages": [{"role": "user", "content": "x"}]}).present(
         Heading("bench", 0, "bench"), job, []
