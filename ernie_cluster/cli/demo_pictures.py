@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw
 
 from ernie_cluster.skills import reading
 from ernie_cluster.skills.glyphs import draw_text
-from ernie_cluster.skills.looking import fractions, thousandths
+from ernie_cluster.skills.looking import bbox_2d, fractions
 from ernie_cluster.skills.paint import Colour
-from ernie_cluster.skills.sample import Box, Picture, Sample, ToolCall, user
+from ernie_cluster.skills.sample import Box, Picture, Sample, user
 from ernie_cluster.skills.scene import Backdrop, Kind, draw_scene
-from ernie_cluster.skills.tools import ZOOM
+from ernie_cluster.skills.tools import ZOOM, zoom_call
 from ernie_cluster.skills.words import COLOURS
 
 _CREAM: Colour = (250, 247, 238)
@@ -67,21 +67,20 @@ def _point() -> Sample:
     boxes: list[Box] = [(8, 12, 62, 66), (76, 6, 132, 62), (144, 20, 208, 84), (26, 84, 78, 136), (104, 78, 160, 134)]
     picture = _scene(_CREAM, (216, 144), kinds, boxes)
     target = fractions(picture.things[2].box, picture)
-    answer = json.dumps({"bbox_2d": thousandths(target), "label": "purple star"})
+    answer = json.dumps({"bbox_2d": bbox_2d(target), "label": "purple star"})
     return Sample("ground", "en", (user(picture, "Find the purple star."),), answer, target=target)
 
 
 def _zoom() -> Sample:
-    boxes: list[Box] = [(36, 44, 156, 164), (300, 236, 456, 392), (52, 272, 158, 378)]
-    scene = _scene(_SKY, (500, 440), [("orange", "diamond"), ("green", "circle"), ("red", "square")], boxes)
-    plate: Box = (318, 112, 366, 133)
+    boxes: list[Box] = [(46, 56, 200, 210), (384, 302, 584, 502), (66, 348, 202, 484)]
+    scene = _scene(_SKY, (640, 564), [("orange", "diamond"), ("green", "circle"), ("red", "square")], boxes)
+    plate: Box = (404, 142, 474, 172)
     draw = ImageDraw.Draw(scene.image)
     draw.rectangle(plate, COLOURS["white"][0], outline=COLOURS["black"][0])
     centre = ((plate[0] + plate[2]) / 2, (plate[1] + plate[3]) / 2)
-    draw_text(random.Random(1), scene.image, "4271", COLOURS["black"][0], centre, 11, max_width=40, is_upright=True)
+    draw_text(random.Random(1), scene.image, "4271", COLOURS["black"][0], centre, 17, max_width=60, is_upright=True)
     message, target = user(scene, "What number is on the sign?"), fractions(plate, scene)
-    call = ToolCall("image_zoom_in_tool", {"bbox_2d": thousandths(target), "label": "sign"})
-    return Sample("zoom", "en", (message,), "4271", (ZOOM,), call, enable_thinking=True, target=target)
+    return Sample("zoom", "en", (message,), "4271", (ZOOM,), zoom_call(target), enable_thinking=True, target=target)
 
 
 def _scene(paper: Colour, size: tuple[int, int], kinds: list[Kind], boxes: list[Box]) -> Picture:

@@ -125,7 +125,7 @@ def _zoom(rng: random.Random, language: Language) -> Sample:
     number = str(rng.randint(10, 9999))
     picture, question = reading.draw_sign(rng, number)
     assert question.target is not None
-    call = tools.zoom_call(rng, question.target)
+    call = tools.zoom_call(question.target)
     return sample(rng, "zoom", "en", [picture], question, offered=offer(rng, tools.ZOOM), call=call)
 
 

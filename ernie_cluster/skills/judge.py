@@ -15,6 +15,9 @@ MIN_IOU = 0.5
 MIN_INSIDE = 0.9
 """Least share of what a zoom must show."""
 
+MAX_REGION = 0.2
+"""Largest share of the picture that a zoom may show."""
+
 
 def judge(sample: Sample, text: str, tool_calls: Sequence[ToolCall] = ()) -> bool:
     """Whether a reply is what `sample` waits for: its call if it has one, else its answer.
@@ -68,9 +71,9 @@ def _is_right_call(sample: Sample, wanted: ToolCall, call: ToolCall) -> bool:
 
 
 def _shows(box: Box, target: Box) -> bool:
-    """It holds nearly all of the target, and not much more than that."""
+    """It holds nearly all of the target, and but a part of the picture."""
     inside = _area((max(box[0], target[0]), max(box[1], target[1]), min(box[2], target[2]), min(box[3], target[3])))
-    return inside >= MIN_INSIDE * _area(target) and _area(box) <= 12 * _area(target)
+    return inside >= MIN_INSIDE * _area(target) and _area(box) <= MAX_REGION
 
 
 def _is_same_sum(given: str, wanted: str) -> bool:

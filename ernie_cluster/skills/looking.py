@@ -116,7 +116,7 @@ def ask_ground(rng: random.Random, picture: Picture, language: Language) -> Ques
     same = sum(t.name == thing.name for t in picture.things)
     name = thing.name if same == 1 and rng.random() < 0.3 else label
     box = fractions(thing.box, picture)
-    answer = json.dumps({"bbox_2d": thousandths(box), "label": label}, separators=(",", ":"))
+    answer = json.dumps({"bbox_2d": bbox_2d(box), "label": label}, separators=(",", ":"))
     text = spoken(rng, rng.choice(phrases.GROUND["en"]).format(thing=name), "en")
     return Question(text, answer, f"I look for the {name}.", box)
 
@@ -144,9 +144,9 @@ def fractions(box: Box, picture: Picture) -> Box:
     return x0, y0, x1, y1
 
 
-def thousandths(box: Box) -> list[int]:
-    """`bbox_2d` of a box of fractions."""
-    return [round(1000 * v) for v in box]
+def bbox_2d(box: Box) -> list[int]:
+    """A box of fractions in thousandths, to the nearest hundredth: pictures of 12 by 12 patches show no more."""
+    return [10 * round(100 * v) for v in box]
 
 
 def look(rng: random.Random, skill: str) -> Picture:

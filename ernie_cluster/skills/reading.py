@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
 from ernie_cluster.skills import phrases
 from ernie_cluster.skills.glyphs import draw_text
 from ernie_cluster.skills.looking import Question, fractions
 from ernie_cluster.skills.paint import grainy, worn
-from ernie_cluster.skills.sample import Language, Picture
-from ernie_cluster.skills.scene import backdrop, canvas_size, draw_scene, place, random_kinds
+from ernie_cluster.skills.sample import Box, Language, Picture, Thing
+from ernie_cluster.skills.scene import Backdrop, backdrop, canvas_size, draw_scene, place, random_kinds
 from ernie_cluster.skills.words import COLOURS, WORDS, spoken
 
 _CONTRAST = 260.0
@@ -139,26 +139,36 @@ def ask_typed_sum(rng: random.Random, total: Sum, language: Language) -> Questio
 
 def draw_sign(rng: random.Random, number: str) -> tuple[Picture, Question]:
     """A large picture with a small plate on it, whose digits are a few pixels high once the whole is shrunk."""
-    size = (rng.randint(400, 560), rng.randint(400, 560))
+    size = (rng.randint(560, 720), rng.randint(560, 720))
     drop = backdrop(rng, size)
     kinds = random_kinds(rng, drop, rng.randint(1, 3))
-    boxes = place(rng, size, len(kinds) + 1, 70, 170)
+    boxes = place(rng, size, len(kinds) + 1, 100, 230)
     picture = draw_scene(rng, drop, kinds, boxes[1:], is_worn=False)
     x0, y0, x1, y1 = boxes[0]
-    height = rng.uniform(9.5, 13.0) * max(size) / 500
-    half = (0.5 * (len(number) * height * 0.75 + height * rng.uniform(1.0, 1.6)), height * rng.uniform(0.8, 1.0))
-    centre = (rng.uniform(min(x0 + half[0], x1), max(x1 - half[0], x0 + 1)), rng.uniform(y0 + half[1], y1 - half[1]))
-    centre = (min(max(centre[0], half[0] + 2), size[0] - half[0] - 2), centre[1])
-    plate = (centre[0] - half[0], centre[1] - half[1], centre[0] + half[0], centre[1] + half[1])
-    paper = [c for c in ("white", "yellow", "black", "blue") if drop.is_seen(c)]
-    is_light = (name := rng.choice(paper)) in ("white", "yellow")
-    ImageDraw.Draw(picture.image).rectangle(
-        plate, COLOURS[name][0], outline=COLOURS["black" if is_light else "white"][0]
-    )
-    ink = COLOURS["black" if is_light else "white"][0]
-    draw_text(rng, picture.image, number, ink, centre, height, max_width=1.7 * half[0], is_upright=True)
+    height = rng.uniform(15.0, 19.0) * max(size) / 640
+    width, tall = plate_size(rng, number, height)
+    left = min(max(rng.uniform(x0, max(x1 - width, x0 + 1)), 2.0), size[0] - width - 2)
+    top = rng.uniform(y0, y1 - tall)
+    plate = (left, top, left + width, top + tall)
+    sign = draw_plate(rng, picture.image, drop, number, plate, height)
     image = grainy(rng, picture.image, rng.uniform(1, 5)) if rng.random() < 0.3 else picture.image
-    picture = Picture(image, picture.things)
+    picture = Picture(image, (*picture.things, sign))
     text = spoken(rng, rng.choice(phrases.SIGN["en"]), "en")
     reasoning = "The sign is too small to read. I zoom in."
     return picture, Question(text, number, reasoning, fractions(plate, picture))
+
+
+def plate_size(rng: random.Random, number: str, height: float) -> tuple[float, float]:
+    """Width and height of a plate with digits of that height."""
+    return len(number) * height * 0.75 + height * rng.uniform(1.0, 1.6), height * rng.uniform(1.6, 2.0)
+
+
+def draw_plate(rng: random.Random, image: Image.Image, drop: Backdrop, number: str, plate: Box, height: float) -> Thing:
+    """A framed plate with digits on it."""
+    paper = [c for c in ("white", "yellow", "black", "blue") if drop.is_seen(c)]
+    is_light = (name := rng.choice(paper)) in ("white", "yellow")
+    ink = COLOURS["black" if is_light else "white"][0]
+    ImageDraw.Draw(image).rectangle(plate, COLOURS[name][0], outline=ink)
+    centre = ((plate[0] + plate[2]) / 2, (plate[1] + plate[3]) / 2)
+    draw_text(rng, image, number, ink, centre, height, max_width=0.85 * (plate[2] - plate[0]), is_upright=True)
+    return Thing("sign", name, plate)

@@ -13,7 +13,7 @@ from ernie_cluster.builtin.base import Definition, function
 from ernie_cluster.builtin.pictures import pixel_box, read_region
 from ernie_cluster.builtin.turns import Called, turn_of
 from ernie_cluster.skills import phrases
-from ernie_cluster.skills.looking import Question
+from ernie_cluster.skills.looking import Question, bbox_2d
 from ernie_cluster.skills.reading import Sum, typed_form
 from ernie_cluster.skills.sample import Box, Picture, Sample, ToolCall, content
 from ernie_cluster.skills.words import spoken
@@ -22,6 +22,10 @@ Tool = Definition
 
 CALCULATOR, ZOOM = calculator.CALCULATOR, zoom.ZOOM
 """Servers may run these two themselves: samples offer the very same."""
+
+_REGION = 0.26
+"""Share of either side that samples zoom into."""
+
 WEATHER = function("get_weather", "Tells the weather in a city.", {"city": {"type": "string"}}, ["city"])
 
 CITIES = (
@@ -122,14 +126,12 @@ def ask_weather(rng: random.Random) -> tuple[Question, ToolCall]:
     return Question(text, weather(city), "I look up the weather."), ToolCall("get_weather", {"city": city})
 
 
-def zoom_call(rng: random.Random, target: Box) -> ToolCall:
-    """Frames the target with a margin, not always the same one."""
+def zoom_call(target: Box) -> ToolCall:
+    """Frames a small target with much around it: a region of one size, within the picture."""
     x0, y0, x1, y1 = target
-    dx, dy = (x1 - x0) * rng.uniform(0.3, 0.4), (y1 - y0) * rng.uniform(0.5, 0.7)
-    box = (x0 - dx, y0 - dy, x1 + dx, y1 + dy)
-    return ToolCall(
-        "image_zoom_in_tool", {"bbox_2d": [round(1000 * min(1.0, max(0.0, v))) for v in box], "label": "sign"}
-    )
+    left, top = (min(max(0.0, middle - _REGION / 2), 1 - _REGION) for middle in ((x0 + x1) / 2, (y0 + y1) / 2))
+    box = bbox_2d((left, top, left + _REGION, top + _REGION))
+    return ToolCall("image_zoom_in_tool", {"bbox_2d": box, "label": "sign"})
 
 
 def read_calls(calls: Sequence[tuple[str, str]]) -> list[ToolCall]:

@@ -58,6 +58,8 @@ class Tree:
     targets: list[tuple[int, int, float]] = field(default_factory=list)
     """(row, the token that follows it, weight)."""
     shown: list[Shown] = field(default_factory=list)
+    pointers: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    """(row that writes part of a box, rows of the picture's tokens that show what is in it)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +76,18 @@ class Rectangles:
     """int64 [sum of B * K]; padding is row 0."""
     places: Tensor
     """int64 [rows]: where each row is among `q_rows`; rows that attend to nothing are at 0."""
+
+
+@dataclass(slots=True, eq=False)
+class Pointers:
+    """Rows that write boxes, and where they should look."""
+
+    rows: Tensor
+    """int64 [n]."""
+    is_seen: Tensor
+    """bool [n, N]: which rows of the batch they can attend to."""
+    is_sought: Tensor
+    """bool [n, N]: which of these show what the box frames."""
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +119,7 @@ class Batch:
     boxes: Tensor
     places: Tensor
     counts: Tensor
+    pointers: Pointers
     num_samples: int
 
 
@@ -148,6 +163,7 @@ def make_batch(trees: Sequence[Tree], vision_pool: frozenset[int]) -> Batch:
         target_rows=_joined([np.array([t[0] for t in targets], np.int64)], (), np.int64, 0),
         target_ids=_joined([np.array([t[1] for t in targets], np.int64)], (), np.int64, 0),
         target_weights=_joined([np.array([t[2] for t in targets], np.float32)], (), np.float32, 0.0),
+        pointers=_pointers(list(zip(trees, starts.tolist(), strict=False)), len(ids)),
         num_samples=sum(max(1, len(tree.segments) - 1) for tree in trees[:-1]),
         **_media_tensors(media),
     )
@@ -155,6 +171,18 @@ def make_batch(trees: Sequence[Tree], vision_pool: frozenset[int]) -> Batch:
 
 def _rows(segment: tuple[int, int], start: int) -> Ints:
     return np.arange(segment[0], segment[1]) + start
+
+
+def _pointers(trees: list[tuple[Tree, int]], num_rows: int) -> Pointers:
+    pointers = [(tree, start, *pointer) for tree, start in trees for pointer in tree.pointers]
+    is_seen, is_sought = (torch.zeros(len(pointers), num_rows, dtype=torch.bool) for _ in range(2))
+    for i, (tree, start, row, sought) in enumerate(pointers):
+        first = next(first for first, end in tree.segments[1:] if first <= row < end)
+        is_seen[i, start : start + tree.segments[0][1]] = True
+        is_seen[i, start + first : start + row + 1] = True
+        is_sought[i, [start + r for r in sought]] = True
+    rows = torch.tensor([start + row for _, start, row, _ in pointers], dtype=torch.int64)
+    return Pointers(rows, is_seen, is_sought & is_seen)
 
 
 def _media_tensors(media: list[tuple[int, Shown]]) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 
+from PIL import Image
+
 from ernie_cluster.skills.catalog import HELD_OUT
 from ernie_cluster.skills.glyphs import draw_text
 from ernie_cluster.skills.paint import worn
+from ernie_cluster.skills.reading import draw_plate, plate_size
 from ernie_cluster.skills.sample import Box, Picture, Thing
-from ernie_cluster.skills.scene import backdrop, canvas_size, draw_scene, random_kind
+from ernie_cluster.skills.scene import Backdrop, backdrop, canvas_size, draw_scene, random_kind
 from ernie_cluster.skills.words import COLOURS, WORDS
 
 _CONTRAST = 260.0
@@ -37,7 +40,20 @@ def _shapes(rng: random.Random) -> Picture:
             side = min(width, height) * rng.uniform(0.65, 1.0)
             x, y = column * width + rng.uniform(0, width - side), row * height + rng.uniform(0, height - side)
             boxes.append((x, y, x + side, y + side))
-    return draw_scene(rng, drop, [random_kind(rng, drop) for _ in boxes], boxes)
+    picture = draw_scene(rng, drop, [random_kind(rng, drop) for _ in boxes], boxes, is_worn=False)
+    signs = _signs(rng, picture.image, drop) if rng.random() < 0.4 else ()
+    return Picture(worn(rng, picture.image), (*picture.things, *signs))
+
+
+def _signs(rng: random.Random, image: Image.Image, drop: Backdrop) -> list[Thing]:
+    """A few plates as small as those on large pictures that are shrunk."""
+    out = []
+    for _ in range(rng.randint(1, 3)):
+        number, height = str(rng.randint(10, 9999)), rng.uniform(3.5, 5.5)
+        width, tall = plate_size(rng, number, height)
+        x, y = rng.uniform(1, image.width - width - 1), rng.uniform(1, image.height - tall - 1)
+        out.append(draw_plate(rng, image, drop, number, (x, y, x + width, y + tall), height))
+    return out
 
 
 def _lines(rng: random.Random) -> Picture:

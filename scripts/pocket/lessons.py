@@ -183,7 +183,7 @@ def _zoom(rng: random.Random) -> Group:
     picture, question = reading.draw_sign(rng, str(rng.randint(10, 9999)))
     assert question.target is not None
     offered = catalog.offer(rng, tools.ZOOM)
-    new = sample(rng, "zoom", "en", [picture], question, offered=offered, call=tools.zoom_call(rng, question.target))
+    new = sample(rng, "zoom", "en", [picture], question, offered=offered, call=tools.zoom_call(question.target))
     return [new, *_called(rng, new)]
 
 

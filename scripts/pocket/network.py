@@ -10,10 +10,11 @@ Shapes: N tokens, P patches, C ViT width, D decoder width, H heads, K chosen exp
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from batch import Batch, Rectangles
+from batch import Batch, Pointers, Rectangles
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,7 +26,26 @@ from ernie_cluster.model.vision import IMAGE_MEAN, IMAGE_STD, MergeMLP, VisionBl
 HALF = torch.bfloat16
 
 _MIDDLE = 3
-"""Before this layer the scaffold reads where things are: neither ViT nor decoder is told absolute positions."""
+"""Before this layer the scaffold reads where things are: neither ViT nor decoder is told absolute positions.
+
+The layer's first head is taught to look, while a box is written, at what the box frames.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """What the network makes of a batch."""
+
+    logits: Tensor
+    """[targets, vocabulary]."""
+    patches: Tensor
+    """[P, C]: the ViT's outputs."""
+    embeds: Tensor
+    """[n, D]: the resampler's."""
+    deep: Tensor
+    """[n, D]: what the first layers make of these."""
+    aims: Tensor
+    """[pointers]: log of the share of its attention that a head gives to what is sought."""
 
 
 class Network(nn.Module):
@@ -61,33 +81,35 @@ class Network(nn.Module):
         """Layer -> how many tokens each expert got in the last forward pass, int64 [2, E]."""
         _initialise(self, seed)
 
-    def forward(self, batch: Batch, *, are_eyes_taught: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits of the batch's target rows, and what the scaffold reads.
-
-        That is: ViT outputs [P, C], embeddings [n, D], and what a middle layer makes of these [n, D].
-        """
+    def forward(self, batch: Batch, *, are_eyes_taught: bool = True) -> Thoughts:
         x = functional.embedding(batch.ids, self.decoder.embed.to(HALF))
         with torch.set_grad_enabled(are_eyes_taught and torch.is_grad_enabled()):
             patches, embeds = self.see(batch)
         x = x.index_copy(0, batch.media_rows, embeds[: len(batch.media_rows)])
         turn = _text_angles(batch.positions, self.config)
-        deep = embeds
+        deep, aims = embeds, x
         for i, layer in enumerate(self.decoder.layers):
             if i == _MIDDLE:
                 deep = x.index_select(0, batch.media_rows)
-            x = x + self._attention(layer, _rms(x, layer.input_norm, layer.eps), turn, batch)
+            attended, turned = self._attention(layer, _rms(x, layer.input_norm, layer.eps), turn, batch)
+            if i == _MIDDLE:
+                aims = _aims(turned[:, 0], turned[:, self.config.text.num_heads], batch.pointers)
+            x = x + attended
             x = x + self._mlp(i, layer.mlp, _rms(x, layer.post_attention_norm, layer.eps), batch)
         rows = _rms(x.index_select(0, batch.target_rows), self.decoder.norm, self.config.text.rms_norm_eps)
-        return linear(rows, self.decoder.embed).float(), patches, embeds, deep
+        return Thoughts(linear(rows, self.decoder.embed).float(), patches, embeds, deep, aims)
 
-    def _attention(self, layer: nn.Module, x: Tensor, turn: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    def _attention(
+        self, layer: nn.Module, x: Tensor, turn: tuple[Tensor, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Its output, and queries followed by keys."""
         text = self.config.text
         qkv = linear(x, layer.attention.qkv).view(len(x), -1, text.head_dim)
         num_turned = text.num_heads + text.num_kv_heads
         turned = _turn_pairs(qkv[:, :num_turned], *turn)
         q, kv = turned[:, : text.num_heads], torch.cat([turned[:, text.num_heads :], qkv[:, num_turned:].float()], 1)
         attended = _attend(q, kv, batch.segments, text.num_heads // text.num_kv_heads)
-        return linear(attended, layer.attention.out)
+        return linear(attended, layer.attention.out), turned
 
     def _mlp(self, index: int, mlp: nn.Module, x: Tensor, batch: Batch) -> Tensor:
         if isinstance(mlp, GatedMLP):
@@ -187,6 +209,15 @@ def _attend(q: Tensor, kv: Tensor, where: Rectangles, group: int) -> Tensor:
         out = _Read.apply(heads, k, v, mask).view(num, num_kv * group, q_len, head_dim)
         outs.append(out.transpose(1, 2).reshape(num * q_len, -1))
     return torch.cat(outs).to(HALF).index_select(0, where.places)
+
+
+def _aims(q: Tensor, k: Tensor, pointers: Pointers) -> Tensor:
+    """Log shares, float32 [pointers], of one head's queries and keys [N, head_dim]."""
+    scores = q.index_select(0, pointers.rows) @ k.T * q.shape[-1] ** -0.5
+    sought, seen = (
+        scores.masked_fill(~mask, -torch.inf).logsumexp(-1) for mask in (pointers.is_sought, pointers.is_seen)
+    )
+    return sought - seen
 
 
 class _Read(torch.autograd.Function):

@@ -239,14 +239,16 @@ def look(network: Network, batch: Batch) -> tuple[Tensor, Tensor, float]:
 
 def lesson(network: Network, batch: Batch, *, are_eyes_taught: bool) -> tuple[Tensor, Tensor, float]:
     """Loss on the answers, loss of the scaffold, and the share of answers' tokens that were foreseen."""
-    logits, patches, embeds, deep = network(batch, are_eyes_taught=are_eyes_taught)
-    each = functional.cross_entropy(logits, batch.target_ids, reduction="none")
+    thoughts = network(batch, are_eyes_taught=are_eyes_taught)
+    each = functional.cross_entropy(thoughts.logits, batch.target_ids, reduction="none")
     weights = batch.target_weights
     loss = (each * weights).sum() / weights.sum()
-    is_right = (logits.detach().argmax(-1) == batch.target_ids) & (weights > 0)
-    scaffold_loss = _place_loss(network, batch, "deep_places", deep.float()[: len(batch.media_rows)])
+    is_right = (thoughts.logits.detach().argmax(-1) == batch.target_ids) & (weights > 0)
+    scaffold_loss = _place_loss(network, batch, "deep_places", thoughts.deep.float()[: len(batch.media_rows)])
+    if len(thoughts.aims):
+        scaffold_loss = scaffold_loss - thoughts.aims.mean()
     if are_eyes_taught:
-        scaffold_loss = scaffold_loss + _scaffold_loss(network, batch, patches, embeds)
+        scaffold_loss = scaffold_loss + _scaffold_loss(network, batch, thoughts.patches, thoughts.embeds)
     return loss, scaffold_loss, is_right.sum().item() / (weights > 0).sum().item()
 
 

@@ -7,7 +7,7 @@ prompt, and what the scaffold is taught about each patch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,10 +17,10 @@ from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.inputs.images import PreparedMedia, prepared, to_patches
 from ernie_cluster.inputs.messages import Media
 from ernie_cluster.request import GenerationRequest, SamplingParams
-from ernie_cluster.skills.sample import Picture, Sample
+from ernie_cluster.skills.sample import Box, Picture, Sample
 from ernie_cluster.skills.words import COLOURS, SHAPES
 
-NAMES = {name: i for i, name in enumerate([*SHAPES, *"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-×="], 1)}  # fmt: skip
+NAMES = {name: i for i, name in enumerate([*SHAPES, *"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-×=", "sign"], 1)}  # fmt: skip
 COLOUR_IDS = {name: i for i, name in enumerate(COLOURS, 1)}
 NUM_LABELS = (len(NAMES) + 1, len(COLOUR_IDS) + 1, 4)
 """Names, colours and counts that the scaffold tells apart."""
@@ -29,6 +29,9 @@ END = "</s>"
 
 _DIGIT_WEIGHTS = (3.0, 2.0, 0.3, 1.0)
 """Of the digits of a box's edges, beside other tokens: the third is next to chance, and its noise would drown the first."""
+_SAME_PLACE = 0.02
+"""Fractions of a picture's side: boxes whose edges differ by less frame the same thing."""
+
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
@@ -70,8 +73,13 @@ class Planter:
             self._show(tree, sample, request, start, shift)
             tree.segments.append((len(tree.ids) - (request.num_prompt_tokens - trunk) - len(answer) + 1, len(tree.ids)))
             first = len(tree.ids) - len(answer)
-            weights = _weights([self._processor.tokenizer.decode([token]) for token in answer])
-            tree.targets += [(first + j, token, weights[j]) for j, token in enumerate(answer)]
+            pieces = [self._processor.tokenizer.decode([token]) for token in answer]
+            digits = list(_box_digits(pieces))
+            for j, (token, digit) in enumerate(zip(answer, digits, strict=True)):
+                share = _DIGIT_WEIGHTS[min(digit, 4) - 1] if digit else 1.0
+                tree.targets.append((first + j, token, share * len(answer) ** -0.5))
+            if sample.target is not None and (sought := _sought(tree, sample.target, tree.segments[-1][0])):
+                tree.pointers += [(first + j, sought) for j, digit in enumerate(digits) if digit]
         return tree
 
     def plant_picture(self, picture: Picture) -> Tree:
@@ -151,16 +159,21 @@ def _common_length(requests: Sequence[GenerationRequest]) -> int:
     return length
 
 
-def _weights(pieces: Sequence[str]) -> list[float]:
-    """How much each token of an answer counts: together as the square root of their number, edges of boxes by digit."""
-    out, is_box, num_digits, written = [], False, 0, ""
+def _box_digits(pieces: Iterable[str]) -> Iterator[int]:
+    """For each piece of an answer which digit of an edge of a box it is, from 1; 0 for all else."""
+    num_digits, written = 0, ""
     for piece in pieces:
         written += piece
         is_box = written.rfind("bbox_2d") > written.rfind("]")
-        num_digits = num_digits + 1 if piece.isdigit() else 0
-        share = _DIGIT_WEIGHTS[min(num_digits, 4) - 1] if is_box and num_digits > 0 else 1.0
-        out.append(share * len(pieces) ** -0.5)
-    return out
+        num_digits = num_digits + 1 if is_box and piece.isdigit() else 0
+        yield num_digits
+
+
+def _sought(tree: Tree, target: Box, branch: int) -> tuple[int, ...]:
+    """Rows of the tokens that show what lies in a box of fractions, of the first picture that a branch sees."""
+    shown = next(s for s in tree.shown if s.row < tree.segments[0][1] or s.row >= branch)
+    is_near = np.abs(shown.places - np.array(target, np.float32)).max(1) < _SAME_PLACE
+    return tuple((shown.row + np.flatnonzero(is_near.reshape(-1, 4).any(1))).tolist())
 
 
 Labels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
