@@ -92,7 +92,7 @@ class TorchGroup:
         return x
 
 
-class _told:  # noqa: N801  reads as a phrase
+class _told:
     """Errors of the library become ours."""
 
     def __enter__(self) -> None:
