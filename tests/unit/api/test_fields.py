@@ -194,6 +194,14 @@ async def test_each_field_of_sampling_arrives_and_no_other_changes(
     assert [request.sampling for request in server.backend.requests] == [expected, expected]
 
 
+@pytest.mark.parametrize("key", ["01", "00", "-1", "1.0", "", "a", "1\n", "1234567890"])
+async def test_a_token_has_one_name_in_logit_bias(key: str) -> None:
+    """Else of two values for one token one would win in silence."""
+    response = await Server().chat(logit_bias={"1": 1, key: 2, "0": 3})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, f"logit_bias.{key}")
+
+
 async def test_null_is_as_good_as_nothing() -> None:
     server = Server()
     nothing = dict.fromkeys([*NAMES, "n", "stop", "stream", "user", "logprobs", "priority"]) | {"seed": 3}
