@@ -376,6 +376,13 @@ async def test_the_deadline_holds_over_all_rounds() -> None:
     assert server.backend.aborted == [server.backend.requests[1].request_id]
 
 
+async def test_a_round_gets_the_time_that_those_before_have_left() -> None:
+    server = serve(ADD, ADD, "408", limits=ApiLimits(request_timeout_s=60.0))
+    await ask(server)
+    first, second, third = (request.timeout_s for request in server.backend.requests)
+    assert 60 > first > second > third > 0
+
+
 async def test_a_key_pays_for_all_rounds(tmp_path: Path) -> None:
     house = House(tmp_path, cast("FakeBackend", Rounds(LOOK, "7")), Seeing())
     house.admit(alice={"tokens": 100_000, "pixels": 1_000_000})
