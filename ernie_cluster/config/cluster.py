@@ -277,8 +277,9 @@ class ApiConfig:
     """Deepest nesting of a request body, at least 8: chat messages with tools need that much."""
     request_timeout_s: float = 600.0
     """Deadline of a request that brings none, and the most that one may ask for; more than 0."""
-    default_max_tokens: int = 256
-    """Output tokens of a request that does not say, at least 1."""
+    default_max_tokens: int | None = None
+    """Most output tokens of a request that does not say, at least 1, all rounds of tools together; None = what is left of
+    the context for a chat, 256 for a text without a template, which seldom comes to an end by itself."""
     preprocess_threads: int = 2
     """Threads per API replica that parse and tokenise (and decode, see `decode_processes`), at least 1."""
     decode_processes: int = 1
