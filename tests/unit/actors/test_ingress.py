@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ernie_cluster.actors.ingress import face_browsers, make_guard, make_processor
-from ernie_cluster.config.cluster import ApiConfig
+from ernie_cluster.actors.ingress import face_browsers, make_grpc, make_guard, make_processor
+from ernie_cluster.config.cluster import ApiConfig, TlsConfig
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.presets import tiny_mixed
 from ernie_cluster.errors import ConfigError
@@ -55,6 +55,14 @@ async def test_the_playground_can_be_switched_off(api: ApiConfig, status: int) -
 def test_keys_that_cannot_be_read_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         make_guard(ApiConfig(keys_file=str(tmp_path / "none.yaml")), InMemoryMetrics())
+
+
+def test_a_certificate_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
+    api = ApiConfig(grpc_port=9000, grpc_tls=TlsConfig(str(tmp_path / "none.pem"), str(tmp_path / "none.key")))
+    guard = make_guard(api, InMemoryMetrics())
+    with pytest.raises(ConfigError, match="cannot be read"):
+        make_grpc(api, guard)
+    assert make_grpc(ApiConfig(), guard) is None
 
 
 def test_no_sequence_is_promised_more_than_a_replica_holds() -> None:
