@@ -19,6 +19,7 @@ from ernie_cluster.actors.app import APP_NAME, build_app
 from ernie_cluster.actors.environment import local_cluster
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.actors.router import find_router, router_name
+from ernie_cluster.api.tls import Certificate
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import ConfigError, ReplicaError
@@ -33,6 +34,8 @@ _ROUTE_TIMEOUT_S = 5.0
 
 def check(config: ClusterConfig) -> None:
     """What can be known before anything starts; raises ConfigError or CheckpointError."""
+    if config.api.grpc_tls is not None:
+        Certificate(config.api.grpc_tls)
     for model in config.models:
         shape = ModelConfig.from_folder(model.path)
         model.check_media(is_multimodal=shape.is_multimodal)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from ernie_cluster.api.answer import Answer
+from ernie_cluster.api.deadline import Deadline
 from ernie_cluster.api.dialect import Asked, Dialect, Heading, Presentation
 from ernie_cluster.api.guest import Guest
 from ernie_cluster.api.limits import ApiLimits
@@ -94,7 +95,7 @@ class Generation(Generic[R]):
         self.look: Presentation | None = None
 
     async def answer(self, raw: bytes, wire: Wire, meter: Meter, guest: Guest, timeout_s: float) -> None:
-        service = self._service
+        service, deadline = self._service, Deadline(meter.start_s + timeout_s)
         start_s = time.time()
         is_quick = is_small(raw)
         asked = await service.run(partial(self._read, raw), is_quick)
@@ -105,10 +106,11 @@ class Generation(Generic[R]):
         heading = Heading(self._dialect.id_prefix + uuid.uuid4().hex, int(start_s), body.model)
         fetched = {**await self._fetch(asked), **asked.content}
         is_quick = is_quick and not body.has_format and not fetched
-        left_s = max(0.001, timeout_s - (time.monotonic() - meter.start_s))
-        job = await service.run(partial(self._prepare, asked, fetched, processor, heading, guest, left_s), is_quick)
+        job = await service.run(
+            partial(self._prepare, asked, fetched, processor, heading, guest, deadline.left_s), is_quick
+        )
         look = asked.present(heading, job, [Span("preprocess", start_s, time.time() - start_s)])
-        rounds = rounds_of(body, job, processor, service, fetched, meter.start_s + timeout_s)
+        rounds = rounds_of(body, job, processor, service, fetched, deadline)
         del asked, body, fetched
         backend = guest.pay(job, service.backend)
         meter.prepared(job.num_prompt_tokens)

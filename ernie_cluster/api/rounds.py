@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from ernie_cluster.api.answer import TOOL_CALLS, ChoiceText, Delta
 from ernie_cluster.api.constraints import grammar_of
+from ernie_cluster.api.deadline import Deadline
 from ernie_cluster.api.dialect import Asked
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.markup import CallPiece, OwnCall, Pieces
@@ -50,12 +51,12 @@ def own_tools_of(body: GenerationBody) -> Mapping[str, BuiltinTool]:
 
 
 def rounds_of(
-    body: GenerationBody, job: Job, processor: Processor, service: Service, fetched: Fetched, deadline_s: float
+    body: GenerationBody, job: Job, processor: Processor, service: Service, fetched: Fetched, deadline: Deadline
 ) -> Rounds:
-    """Several, if tools of our own are offered; all of them until the deadline, on the monotonic clock."""
+    """Several, if tools of our own are offered; all of them until the deadline."""
     if not isinstance(body, ChatBody) or not own_tools_of(body):
         return SINGLE_ROUND
-    return ToolRounds(body, job, processor, service.limits, fetched, service.workers.run, deadline_s)
+    return ToolRounds(body, job, processor, service.limits, fetched, service.workers.run, deadline)
 
 
 def with_default_tools(asked: Asked, names: Sequence[str]) -> Asked:
@@ -76,9 +77,7 @@ class ToolRounds:
     limits: ApiLimits
     fetched: Fetched
     run: Run
-    deadline_s: float
-    """Of the whole answer, by `clock`."""
-    clock: Callable[[], float] = time.monotonic
+    deadline: Deadline
 
     def begin(self, text: ChoiceText) -> Turns:
         return _Conversation(self, text)
@@ -209,7 +208,7 @@ class _Conversation:
             rounds.processor,
             request_id=f"{stem}.{self.num_rounds}-{choice}",
             sampling=replace(first.sampling, max_tokens=1, min_tokens=0),
-            timeout_s=max(0.001, rounds.deadline_s - rounds.clock()),
+            timeout_s=rounds.deadline.left_s,
             salt=first.cache_salt,
             fetched=rounds.fetched,
             messages=messages,

@@ -248,6 +248,26 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """PEM files, the same absolute paths where `serve` runs and on each node with an API replica.
+
+    A pair that is renewed counts for the connections that come after."""
+
+    certificate: str
+    """The server's certificate, and behind it those that lead to its CA."""
+    key: str
+    """Private key of that certificate, not encrypted."""
+    client_ca: str | None = None
+    """CAs, one of which must have signed a certificate that each client has to show; None = clients show none."""
+
+    def __post_init__(self) -> None:
+        for name in ("certificate", "key", "client_ca"):
+            path = getattr(self, name)
+            if path is not None and not os.path.isabs(path):
+                raise ConfigError(f"{name} = {path!r} must be an absolute path: each API replica reads it")
+
+
+@dataclass(frozen=True, slots=True)
 class ApiConfig:
     """The front door, and what it lets in."""
 
@@ -257,6 +277,9 @@ class ApiConfig:
     """HTTP port, 1 to 65535."""
     grpc_port: int | None = None
     """gRPC port on each machine with an API replica, 1 to 65535, another one than `port`; None = no gRPC."""
+    grpc_tls: TlsConfig | None = None
+    """What gRPC is encrypted with; None = not at all. HTTP goes through Serve's proxy, which speaks no TLS: for HTTPS set a
+    proxy of your own before `port`."""
     num_replicas: int = 1
     """API replicas, at least 1."""
     max_body_bytes: int = 32 * MIB
@@ -277,8 +300,9 @@ class ApiConfig:
     """Deepest nesting of a request body, at least 8: chat messages with tools need that much."""
     request_timeout_s: float = 600.0
     """Deadline of a request that brings none, and the most that one may ask for; more than 0."""
-    default_max_tokens: int = 256
-    """Output tokens of a request that does not say, at least 1."""
+    default_max_tokens: int | None = None
+    """Most output tokens of a request that does not say, at least 1, all rounds of tools together; None = what is left of
+    the context for a chat, 256 for a text without a template, which seldom comes to an end by itself."""
     preprocess_threads: int = 2
     """Threads per API replica that parse and tokenise (and decode, see `decode_processes`), at least 1."""
     decode_processes: int = 1
@@ -322,6 +346,11 @@ class ApiConfig:
         if not self.host:
             raise ConfigError("host is empty; use 127.0.0.1, or 0.0.0.0 for all interfaces")
         _check_range(self, 1, "port", "grpc_port", high=65535)
+        if self.grpc_tls is not None and self.grpc_port is None:
+            raise ConfigError(
+                "grpc_tls is for gRPC, and grpc_port is not set; set it, or for HTTPS a proxy of your own before port = "
+                f"{self.port}: Serve's speaks no TLS"
+            )
         if self.grpc_port == self.port:
             raise ConfigError(f"grpc_port = {self.grpc_port} is the HTTP port, too; choose another")
         _check_range(

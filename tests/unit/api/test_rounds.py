@@ -170,6 +170,15 @@ async def test_rounds_are_bounded() -> None:
     assert "at most 2 rounds" in results_of(choice)[2]["error"]
 
 
+async def test_an_answer_without_a_bound_is_not_cut_by_its_rounds() -> None:
+    server = serve(ADD * 4, "x" * 500)
+    choice = await ask(server, max_tokens=None)
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "x" * 500)
+    assert server.backend.requests[0].max_total_tokens == 4096
+    operator = serve(ADD * 4, "x" * 500, limits=ApiLimits(default_max_tokens=600))
+    assert (await ask(operator, max_tokens=None))["finish_reason"] == "length"
+
+
 async def test_tokens_are_bounded_over_all_rounds() -> None:
     num_tokens = len(bytes_of(ADD)) + 1
     used_up = await ask(server := serve(ADD, "408"), max_tokens=num_tokens)
@@ -374,6 +383,13 @@ async def test_the_deadline_holds_over_all_rounds() -> None:
     response = await server.chat(tools=[CALCULATOR])
     assert response.status_code == 504
     assert server.backend.aborted == [server.backend.requests[1].request_id]
+
+
+async def test_a_round_gets_the_time_that_those_before_have_left() -> None:
+    server = serve(ADD, ADD, "408", limits=ApiLimits(request_timeout_s=60.0))
+    await ask(server)
+    first, second, third = (request.timeout_s for request in server.backend.requests)
+    assert 60 > first > second > third > 0
 
 
 async def test_a_key_pays_for_all_rounds(tmp_path: Path) -> None:
