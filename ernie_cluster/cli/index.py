@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.add_argument("folder", metavar="FOLDER", help="with pictures")
     add_config_arguments(parser)
-    parser.add_argument("--out", metavar="INDEX", type=Path, required=True, help="file to write, or to bring up to date")
+    parser.add_argument(
+        "--out", metavar="INDEX", type=Path, required=True, help="file to write, or to bring up to date"
+    )
     parser.add_argument("--model", metavar="NAME", help="served model (default: the first that sees)")
 
 
