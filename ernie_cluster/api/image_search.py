@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -126,7 +126,7 @@ def check_offer(body: GenerationBody, searcher: ImageSearcher | None) -> None:
 
 
 def _given(picture: Shown, fetched: Fetched) -> dict[str, Any]:
-    """The picture as an `image_url` of messages, with its file where it is known."""
-    given: Mapping[str, Any] = picture.part["image_url"]
+    """The picture as an `image_url` of messages, with its file where it is known; not shrunk, as those of the index."""
+    given: Mapping[str, Any] = replace(picture, max_pixels=None).part["image_url"]
     content = fetched.get(("image", picture.url))
     return dict(given) if content is None else {**given, "content": content}

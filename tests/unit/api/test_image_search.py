@@ -100,6 +100,12 @@ async def test_a_region_is_looked_for_by_itself_and_found_pictures_can_be_zoomed
     assert crop.media_hash == hash_of(url, (tuple(BOX),), FILES[name], 200_704)
 
 
+async def test_a_found_picture_can_be_looked_for_again(folder: Path) -> None:
+    first, second = call("image_search", {"top_k": 1}), call("image_search", {"picture": 2, "top_k": 1})
+    found, again = results_of(await ask(serve(folder, first, second, "Yes.")))
+    assert again["found"] == found["found"] == [{"name": "pets/owl.png", "score": pytest.approx(1.0, abs=1e-3)}]
+
+
 async def test_results_are_bounded_in_number_and_pixels(folder: Path) -> None:
     (result,) = results_of(await ask(serve(folder, call("image_search", {"top_k": 99}), "7", max_results=2)))
     assert len(result["found"]) == len(result["images"]) == 2
