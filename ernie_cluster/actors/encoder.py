@@ -7,11 +7,13 @@ from collections import OrderedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from ernie_cluster.actors import process
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.handover import EMBED_PIECE
+from ernie_cluster.errors import EngineFailed
 from ernie_cluster.model.build import build_vision, torch_dtype
 from ernie_cluster.model.vision import VisionEncoder
 from ernie_cluster.model.weights import Checkpoint, load_vision
@@ -91,3 +93,17 @@ class Encoder:
         rows: NDArray[np.uint8] = embeds.view(torch.uint8).numpy()
         self._cache.put(media.media_hash, rows)
         return rows, False
+
+    @torch.inference_mode()
+    def pooled(self, media: MediaInput) -> NDArray[np.float32]:
+        """One vector for a picture: the mean of its embeddings, float32 [width], of length 1.
+
+        Raises:
+            EngineFailed: it has no direction; the weights are broken.
+        """
+        rows, _ = self.embed(media)
+        embeds = torch.from_numpy(rows).view(self._encoder.dtype)
+        vector: NDArray[np.float32] = functional.normalize(embeds.float().mean(0), dim=0).numpy()
+        if not abs(float(np.linalg.norm(vector)) - 1) < 1e-3:
+            raise EngineFailed("the vision encoder makes no numbers of a picture; check the checkpoint")
+        return vector

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from fastapi import FastAPI
@@ -18,6 +18,7 @@ from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.grpc_server import GrpcServer
 from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
+from ernie_cluster.api.image_search import ImageSearcher
 from ernie_cluster.api.keys import KeyRing
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.playground.routes import PATHS, add_playground
@@ -26,9 +27,12 @@ from ernie_cluster.api.tls import Certificate
 from ernie_cluster.config.cluster import ApiConfig, ClusterConfig, ModelDeployment
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.errors import ConfigError
 from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.inputs.clip import VideoLimits
 from ernie_cluster.inputs.fetch import FetchRules
+from ernie_cluster.inputs.image_folder import ImageFolder
+from ernie_cluster.inputs.image_index import ImageIndex, Maker
 from ernie_cluster.inputs.images import ImageLimits
 from ernie_cluster.inputs.media_cache import MediaCache, cached
 from ernie_cluster.inputs.messages import MapMedia, PromptLimits
@@ -55,6 +59,7 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
             guard,
             fetcher,
             config.api.builtin_tools,
+            make_searcher(config, processors),
             beside=make_grpc(config.api, guard),
         )
         face_browsers(api, config.api)
@@ -140,6 +145,26 @@ def _longest_sequence(deployment: ModelDeployment, shape: ModelConfig) -> int:
     tps = (pool.tp for pool in deployment.pools if pool.role in ("decode", "mixed"))
     layouts = (KVLayout.from_model(shape, engine.block_size, dtype, tp) for tp in tps)
     return max(layout.num_tokens(engine.kv_cache_bytes) for layout in layouts)
+
+
+def make_searcher(config: ClusterConfig, processors: Mapping[str, ChatProcessor]) -> ImageSearcher | None:
+    """What the tool `image_search` searches; None where the operator names nothing.
+
+    Raises:
+        ConfigError: the index cannot be read or was made with another model, or the folder is not there.
+    """
+    search, model = config.api.image_search, config.search_model
+    if search is None or model is None:
+        return None
+    processor = processors[model.name]
+    try:
+        index = ImageIndex.load(search.index, Maker.of(model.path, processor.pixels))
+    except ConfigError as e:
+        raise ConfigError(f"api.image_search.index: {e}") from None
+    if not os.path.isdir(search.folder):
+        raise ConfigError(f"api.image_search.folder: {search.folder} is no folder on this machine")
+    folder = ImageFolder(search.folder, config.api.max_image_bytes)
+    return ImageSearcher(index, folder, processor, search.max_results, search.max_pixels)
 
 
 def prompt_limits(api: ApiConfig, *, can_see: bool) -> PromptLimits:

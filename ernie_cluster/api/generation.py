@@ -16,6 +16,7 @@ from ernie_cluster.api.answer import Answer
 from ernie_cluster.api.deadline import Deadline
 from ernie_cluster.api.dialect import Asked, Dialect, Heading, Presentation
 from ernie_cluster.api.guest import Guest
+from ernie_cluster.api.image_search import check_offer
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.media import Fetched, wanted_media
 from ernie_cluster.api.prepare import Job, prepare
@@ -110,9 +111,9 @@ class Generation(Generic[R]):
             partial(self._prepare, asked, fetched, processor, heading, guest, deadline.left_s), is_quick
         )
         look = asked.present(heading, job, [Span("preprocess", start_s, time.time() - start_s)])
-        rounds = rounds_of(body, job, processor, service, fetched, deadline)
-        del asked, body, fetched
         backend = guest.pay(job, service.backend)
+        rounds = rounds_of(body, job, processor, service, fetched, deadline, backend)
+        del asked, body, fetched
         meter.prepared(job.num_prompt_tokens)
         self.look = look
         async with Answer(backend, job, processor, rounds) as answer:
@@ -137,6 +138,7 @@ class Generation(Generic[R]):
         self, asked: Asked, fetched: Fetched, processor: Processor, heading: Heading, guest: Guest, timeout_s: float
     ) -> Job:
         try:
+            check_offer(asked.body, self._service.searcher)
             return prepare(
                 asked.body,
                 processor,

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.keys import is_sha256
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.errors import ConfigError, UnknownModel
@@ -323,13 +324,15 @@ class ApiConfig:
     """Whether `media_hosts` may have private and loopback addresses."""
     media_timeout_s: float = 20.0
     """Most that fetching one URL may take, more than 0."""
-    builtin_tools: tuple[Literal["image_zoom_in_tool", "calculator"], ...] = ()
+    builtin_tools: tuple[Literal["image_zoom_in_tool", "calculator", "image_search"], ...] = ()
     """Tools that the server runs itself, offered to the model in chats that say nothing of tools; others ask for them by
     name."""
     max_tool_rounds: int = 6
     """Times that one answer may call such tools and go on, at least 1."""
     max_tool_pixels: int = 16_000_000
     """Pixels of all pictures that they may add to one answer's prompt, as the model sees them; at least 1."""
+    image_search: ImageSearchConfig | None = None
+    """What the tool `image_search` finds; None = it is not on offer."""
     keys_file: str | None = None
     """YAML list of `ApiKey`, an absolute path on each node with an API replica; a change of it counts after a second.
     None = no key is needed."""
@@ -359,6 +362,8 @@ class ApiConfig:
         _check_range(self, 2, "max_video_frames")
         _check_range(self, 1, "default_max_tokens", "preprocess_threads", "max_tool_rounds", "max_tool_pixels")
         _check_unique("builtin_tools:", self.builtin_tools)
+        if "image_search" in self.builtin_tools and self.image_search is None:
+            raise ConfigError("builtin_tools has image_search, which needs image_search.index and image_search.folder")
         _check_range(self, 0, "max_images", "max_videos", "decode_processes", "media_cache_bytes")
         _check_range(self, 512 * MIB, "decode_memory_bytes")
         _check_range(self, 8, "max_json_depth")
@@ -426,6 +431,18 @@ class ClusterConfig:
         if not self.models:
             raise ConfigError("models is empty; name at least one, for example {preset: tiny, path: FOLDER}")
         _check_unique("model name", [m.name for m in self.models])
+        if self.api.image_search is not None and self.search_model is None:
+            wish = self.api.image_search.model
+            whose = "any served model" if wish is None else f"a served model {wish!r}"
+            raise ConfigError(f"api.image_search compares with the vision pool of {whose}, and there is none")
+
+    @property
+    def search_model(self) -> ModelDeployment | None:
+        """The deployment that compares pictures for `image_search`."""
+        if self.api.image_search is None:
+            return None
+        wish = self.api.image_search.model
+        return next((m for m in self.models if m.has_vision_pool and wish in (None, m.name)), None)
 
     def model(self, name: str) -> ModelDeployment:
         """The deployment that serves `name`.

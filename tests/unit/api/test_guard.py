@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from ernie_cluster.api.guard import ADMIN, OPEN, Guard
+from ernie_cluster.api.image_search import ImageSearcher
 from ernie_cluster.api.keys import KeyRing
 from ernie_cluster.errors import Overloaded, ReplicaLost
 from ernie_cluster.observe.log import setup_logging
@@ -48,7 +49,12 @@ class House:
     """A server with a door. Keys are called like their owners; their limits may change."""
 
     def __init__(
-        self, folder: Path, backend: FakeBackend | None = None, processor: FakeProcessor | None = None, **options: Any
+        self,
+        folder: Path,
+        backend: FakeBackend | None = None,
+        processor: FakeProcessor | None = None,
+        searcher: ImageSearcher | None = None,
+        **options: Any,
     ) -> None:
         self.path = folder / "keys.yaml"
         self.now_s = 0.0
@@ -57,7 +63,11 @@ class House:
         options = {"admin_sha256": None, "isolate_prefix_cache": False, **options}
         guard = Guard(KeyRing(self.path, lambda: self.now_s), metrics=metrics, clock=lambda: self.now_s, **options)
         self.server = Server(
-            backend or FakeBackend(say("Hello")), processor or FakeProcessor(), metrics=metrics, guard=guard
+            backend or FakeBackend(say("Hello")),
+            processor or FakeProcessor(),
+            metrics=metrics,
+            guard=guard,
+            searcher=searcher,
         )
 
     def admit(self, **limits: dict[str, int]) -> None:

@@ -282,7 +282,7 @@ async def test_a_function_of_the_client_s_may_be_called_like_one_of_ours() -> No
     assert (both.status_code, both.json()["error"]["param"]) == (400, "tools[1]")
 
 
-@pytest.mark.parametrize("kind", ["image_search", "web_search", ""])
+@pytest.mark.parametrize("kind", ["web_search", ""])
 async def test_unknown_tools_are_refused(kind: str) -> None:
     response = await serve("7").chat(tools=[{"type": kind}])
     error = response.json()["error"]
@@ -316,8 +316,9 @@ async def test_default_tools_are_offered_where_a_chat_says_nothing_of_tools() ->
 
 
 def test_the_configuration_knows_the_same_tools() -> None:
-    assert build(ApiConfig, {"builtin_tools": list(TOOLS)}).builtin_tools == tuple(TOOLS)
-    for wrong in (["abacus"], ["calculator", "calculator"]):
+    search = {"index": "/photos.index", "folder": "/photos"}
+    assert build(ApiConfig, {"builtin_tools": list(TOOLS), "image_search": search}).builtin_tools == tuple(TOOLS)
+    for wrong in (["abacus"], ["calculator", "calculator"], ["image_search"]):
         with pytest.raises(ConfigError, match="builtin_tools"):
             build(ApiConfig, {"builtin_tools": wrong})
 
