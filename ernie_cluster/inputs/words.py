@@ -2,7 +2,8 @@
 
 A text is cut where a space or line break follows a letter. That is done only with tokenizers whose ids cannot depend
 on what lies beyond such a cut, which `word_pattern` reads off their description; to all others a text is one piece.
-Knows no control tokens: their spellings hold no white space, so that each lies within a word.
+Knows no control tokens: their spellings hold no white space, so that each lies within a word. All clients share what is
+remembered; that tells them no more of each other than the library's own memory of words does.
 """
 
 from __future__ import annotations
