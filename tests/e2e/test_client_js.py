@@ -24,7 +24,7 @@ pytestmark = [
 FOLDER = Path(__file__).with_name("js")
 LEAST_NODE = 20
 INSTALL_S = 300
-RUN_S = 120
+RUN_S = 240  # more than all limits of the tests in there together
 MANIFESTS = ("package.json", "package-lock.json")
 
 

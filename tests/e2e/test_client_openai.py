@@ -245,7 +245,7 @@ def test_an_answer_that_is_cut_is_told_apart(client: openai.OpenAI) -> None:
             {"messages": user(ASK_COLOUR, image="data:image/png;base64,AAAA")},
             openai.BadRequestError,
             "messages[0].content[0].image_url.url",
-            None,
+            "invalid_image",
         ),
     ],
 )
