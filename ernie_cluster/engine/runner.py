@@ -11,8 +11,8 @@ from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.model.build import Role, build_decoder, has_vision_experts, torch_dtype
-from ernie_cluster.model.decoder import Decoder, no_hook
 from ernie_cluster.model.checkpoint import Checkpoint
+from ernie_cluster.model.decoder import Decoder, no_hook
 from ernie_cluster.model.fill import no_progress
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.model.weights import load_decoder

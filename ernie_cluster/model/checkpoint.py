@@ -186,7 +186,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path}: not a safetensors index: {type(e).__name__}: {e}; {_AGAIN}") from None
     for name, file in files.items():
-        if Path(file).name != file:
+        if not file or Path(file).name != file:
             raise CheckpointError(f"{path}: tensor {name!r} is said to be in {file!r}, which is no file of this folder")
     return files
 

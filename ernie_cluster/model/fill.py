@@ -111,8 +111,8 @@ def fill(
             or a file is damaged.
     """
     parameters = dict(module.named_parameters())
-    entries = [_checked(copy, checkpoint) for copy in copies]
-    pieces = [p for copy, e in zip(copies, entries, strict=True) for p in _pieces(copy, e, parameters[copy.parameter])]
+    found = zip(copies, check(copies, checkpoint), strict=True)
+    pieces = [piece for copy, entry in found for piece in _pieces(copy, entry, parameters[copy.parameter])]
     pieces.sort(key=lambda p: (p.entry.path, p.entry.start, p.rows.start))
     buffers, done, total = _Buffers(), 0, sum(p.num_bytes for p in pieces)
     before = checkpoint.bytes_read
@@ -128,8 +128,12 @@ def fill(
     assert checkpoint.bytes_read - before == total, "more or less was read than the plan says"
 
 
+def check(copies: Sequence[Copy], checkpoint: Checkpoint) -> list[Entry]:
+    """The tensor of each copy; raises CheckpointError for the first that is not as the plan expects."""
+    return [_checked(copy, checkpoint) for copy in copies]
+
+
 def _checked(copy: Copy, checkpoint: Checkpoint) -> Entry:
-    """The copy's tensor; raises CheckpointError unless it is as the plan expects."""
     entry = checkpoint.entry(copy.source)
     if entry.shape != copy.shape:
         raise CheckpointError(

@@ -14,7 +14,7 @@ decoder's parameters are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import CheckpointError
 from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.decoder import Decoder
-from ernie_cluster.model.fill import Copy, fill, no_progress
+from ernie_cluster.model.fill import Copy, check, fill, no_progress
 from ernie_cluster.model.vision import VisionEncoder
 
 _UNUSED = ("lm_head.weight", "mtp_", ".mtp", "rotary_emb.inv_freq")
@@ -167,9 +167,8 @@ def load_decoder(
     progress: Callable[[int, int], None] = no_progress,
 ) -> None:
     """Fill a decoder with its shard; arguments and errors as of `fill`, and CheckpointError for a tensor too many."""
-    check_names(config, checkpoint)
-    copies = decoder_copies(config, has_vision_experts=has_vision_experts, shard=decoder.shard)
-    fill(decoder, list(copies), checkpoint, progress=progress)
+    copies = list(decoder_copies(config, has_vision_experts=has_vision_experts, shard=decoder.shard))
+    _load(decoder, copies, config, checkpoint, progress)
 
 
 def load_vision(
@@ -180,8 +179,19 @@ def load_vision(
     progress: Callable[[int, int], None] = no_progress,
 ) -> None:
     """Fill ViT and resampler; arguments and errors as of `load_decoder`."""
+    _load(encoder, list(vision_copies(config)), config, checkpoint, progress)
+
+
+def _load(
+    module: nn.Module,
+    copies: Sequence[Copy],
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    progress: Callable[[int, int], None],
+) -> None:
+    check(copies, checkpoint)  # what is missing or has another shape tells more than what is too much
     check_names(config, checkpoint)
-    fill(encoder, list(vision_copies(config)), checkpoint, progress=progress)
+    fill(module, copies, checkpoint, progress=progress)
 
 
 @torch.no_grad()

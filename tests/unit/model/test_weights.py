@@ -15,24 +15,12 @@ from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.fill import Copy
 from ernie_cluster.model.weights import decoder_copies, load_decoder, load_vision, vision_copies
 from tests import tiny
+from tests.shapes import VL_28B, VL_424B
 
-REAL_28B = {
-    "model_type": "ernie4_5_moe_vl", "vocab_size": 103424, "hidden_size": 2560, "intermediate_size": 12288,
-    "num_hidden_layers": 28, "num_attention_heads": 20, "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
-    "rope_theta": 500000, "freq_allocation": 20, "tie_word_embeddings": True, "moe_num_experts": [64, 64],
-    "moe_intermediate_size": [1536, 512], "moe_k": 6, "moe_num_shared_experts": 2, "moe_layer_start_index": [1, 1],
-    "moe_layer_end_index": [29, 28], "moe_layer_interval": 1, "im_patch_id": 100295, "dtype": "bfloat16",
-    "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14},
-}  # fmt: skip
-REAL_424B = REAL_28B | {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 54, "num_attention_heads": 64,
-    "num_key_value_heads": 8, "tie_word_embeddings": False, "moe_intermediate_size": [3584, 1536], "moe_k": 8,
-    "moe_num_shared_experts": 0, "moe_layer_start_index": [3, 3], "moe_layer_end_index": [53, 53],
-}  # fmt: skip
 META = torch.device("meta")
 
 
-@pytest.mark.parametrize(("raw", "total"), [(REAL_28B, 29_399_294_336), (REAL_424B, 423_526_285_184)])
+@pytest.mark.parametrize(("raw", "total"), [(VL_28B, 29_399_294_336), (VL_424B, 423_526_285_184)])
 def test_full_size_models_have_the_published_number_of_parameters(raw: dict[str, object], total: int) -> None:
     config = ModelConfig.from_dict(raw)
     decoder = build_decoder(config, "prefill", dtype=torch.bfloat16, device=META)
@@ -41,13 +29,13 @@ def test_full_size_models_have_the_published_number_of_parameters(raw: dict[str,
 
 
 def test_decode_role_holds_no_vision_parts() -> None:
-    config = ModelConfig.from_dict(REAL_28B)
+    config = ModelConfig.from_dict(VL_28B)
     decode = num_parameters(build_decoder(config, "decode", dtype=torch.bfloat16, device=META))
     vision_experts, their_routers = 27 * 64 * 3 * 2560 * 512, 27 * (64 * 2560 + 64)
     assert decode == 29_399_294_336 - vision_experts - their_routers - 774_658_560
 
 
-@pytest.mark.parametrize("raw", [REAL_28B, REAL_424B])
+@pytest.mark.parametrize("raw", [VL_28B, VL_424B])
 @pytest.mark.parametrize("role", ["prefill", "decode", "vision"])
 def test_every_number_of_every_parameter_is_filled_once(raw: dict[str, object], role: str) -> None:
     config = ModelConfig.from_dict(raw)
@@ -143,7 +131,7 @@ def test_missing_tensor_is_named(copy_of_tiny: Path) -> None:
 
 
 def test_wrong_shape_is_named(copy_of_tiny: Path) -> None:
-    config = ModelConfig.from_dict(REAL_28B)
+    config = ModelConfig.from_dict(VL_28B)
     decoder = build_decoder(config, "mixed", dtype=torch.bfloat16, device=META)
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \[2048, 128\]"):
         load_decoder(decoder, config, Checkpoint(copy_of_tiny), has_vision_experts=True)
@@ -156,7 +144,7 @@ def test_empty_folder(tmp_path: Path) -> None:
 
 def test_text_only_model_has_no_vision_encoder() -> None:
     config = ModelConfig.from_dict(
-        {k: v for k, v in REAL_28B.items() if k != "vision_config"} | {"model_type": "ernie4_5_moe"}
+        {k: v for k, v in VL_28B.items() if k != "vision_config"} | {"model_type": "ernie4_5_moe"}
     )
     assert not config.is_multimodal
     with pytest.raises(ConfigError, match="vision pool"):
