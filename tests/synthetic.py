@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path, raw: Mapping[str, Any], *, max_file_bytes: in
         file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
         _write(folder / file, group, is_hollow)
         weight_map |= dict.fromkeys(group, file)
-    total = sum(map(_num_bytes, weight_map, (s for group in groups for s in group.values())))
+    total = sum(map(num_bytes, weight_map, (s for group in groups for s in group.values())))
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     return total
 
@@ -66,7 +66,7 @@ def _is_float32(name: str) -> bool:
     return ".gate.weight" in name or "moe_statics" in name
 
 
-def _num_bytes(name: str, shape: tuple[int, ...]) -> int:
+def num_bytes(name: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * (4 if _is_float32(name) else 2)
 
 
@@ -74,7 +74,7 @@ def _groups(shapes: Shapes, max_bytes: int) -> Iterator[Shapes]:
     group: Shapes = {}
     used = 0
     for name, shape in shapes.items():
-        size = _num_bytes(name, shape)
+        size = num_bytes(name, shape)
         if group and used + size > max_bytes:
             yield group
             group, used = {}, 0
@@ -87,7 +87,7 @@ def _write(path: Path, group: Shapes, is_hollow: bool) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in group.items():
-        start, end = end, end + _num_bytes(name, shape)
+        start, end = end, end + num_bytes(name, shape)
         dtype = "F32" if _is_float32(name) else "BF16"
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
