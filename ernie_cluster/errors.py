@@ -129,3 +129,7 @@ class TransferFailed(ReplicaError):
 
 class EngineFailed(ReplicaError):
     """An engine stopped on an unexpected exception; its replica must be replaced."""
+
+
+class GangBroken(EngineFailed):
+    """A rank of a gang is gone or did not answer in time; the gang's replica must be replaced."""

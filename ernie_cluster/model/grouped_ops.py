@@ -26,7 +26,7 @@ class GroupedOps(TorchOps):
         num_tokens, top_k = ids_TK.shape
         flat, num_experts = ids_TK.view(-1), sum(p.num_experts for p in pools)
         order = flat.argsort(stable=True)
-        counts = torch.zeros(num_experts, dtype=torch.long, device=flat.device)
+        counts = torch.zeros(num_experts + 1, dtype=torch.long, device=flat.device)
         ends = counts.scatter_add_(0, flat, torch.ones_like(flat)).cumsum(0)
         place = torch.arange(len(flat), device=flat.device)
         rows = x_TD.index_select(0, order // top_k)
@@ -40,5 +40,5 @@ class GroupedOps(TorchOps):
             is_mine = (place >= start) & (place < ends[last - 1])
             out = torch.where(is_mine[:, None], done.index_select(0, (place - start) % len(flat)), out)
             start, first = ends[last - 1], last
-        by_token = torch.empty_like(out).index_copy_(0, order, out).view(num_tokens, top_k, -1)
+        by_token = torch.empty_like(out).index_copy_(0, order, out).view(num_tokens, top_k, x_TD.shape[1])
         return torch.bmm(weights_TK.to(x_TD.dtype)[:, None], by_token)[:, 0]

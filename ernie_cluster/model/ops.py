@@ -138,14 +138,14 @@ class TorchOps:
 
         Args:
             pools: experts in index order: text first, then vision if this replica has them.
-            ids_TK: int64 [T, K], indices over all pools.
+            ids_TK: int64 [T, K], indices over all pools; the number behind the last one is an expert that adds nothing.
             weights_TK: float32 [T, K].
         """
         num_tokens, top_k = ids_TK.shape
         order = ids_TK.view(-1).argsort(stable=True)
-        counts = torch.bincount(ids_TK.view(-1), minlength=sum(p.num_experts for p in pools)).tolist()
+        counts = torch.bincount(ids_TK.view(-1), minlength=sum(p.num_experts for p in pools) + 1).tolist()
         rows = x_TD.index_select(0, order // top_k)
-        out = torch.empty_like(rows)
+        out = torch.zeros_like(rows) if counts[-1] else torch.empty_like(rows)
         start = expert = 0
         for pool in pools:
             for e in range(pool.num_experts):
@@ -154,5 +154,5 @@ class TorchOps:
                     gate, up = functional.linear(rows[start:end], pool.gate_up_EWD[e]).chunk(2, -1)
                     torch.mm(functional.silu(gate).mul_(up), pool.down_EDW[e].T, out=out[start:end])
                 start, expert = end, expert + 1
-        by_token = torch.empty_like(out).index_copy_(0, order, out).view(num_tokens, top_k, -1)
+        by_token = torch.empty_like(out).index_copy_(0, order, out).view(num_tokens, top_k, x_TD.shape[1])
         return torch.bmm(weights_TK.to(x_TD.dtype)[:, None], by_token)[:, 0]

@@ -58,8 +58,8 @@ class Tree:
     targets: list[tuple[int, int, float]] = field(default_factory=list)
     """(row, the token that follows it, weight)."""
     shown: list[Shown] = field(default_factory=list)
-    pointers: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    """(row that writes part of a box, rows of the picture's tokens that show what is in it)."""
+    pointers: list[tuple[int, tuple[int, ...], tuple[float, float, float, float]]] = field(default_factory=list)
+    """(row that writes part of a box, rows of the picture's tokens that show what is in it, the box in fractions)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +88,8 @@ class Pointers:
     """bool [n, N]: which rows of the batch they can attend to."""
     is_sought: Tensor
     """bool [n, N]: which of these show what the box frames."""
+    boxes: Tensor
+    """float32 [n, 4]: the box, as fractions of the picture's width and height."""
 
 
 @dataclass(slots=True, eq=False)
@@ -176,13 +178,14 @@ def _rows(segment: tuple[int, int], start: int) -> Ints:
 def _pointers(trees: list[tuple[Tree, int]], num_rows: int) -> Pointers:
     pointers = [(tree, start, *pointer) for tree, start in trees for pointer in tree.pointers]
     is_seen, is_sought = (torch.zeros(len(pointers), num_rows, dtype=torch.bool) for _ in range(2))
-    for i, (tree, start, row, sought) in enumerate(pointers):
+    for i, (tree, start, row, sought, _) in enumerate(pointers):
         first = next(first for first, end in tree.segments[1:] if first <= row < end)
         is_seen[i, start : start + tree.segments[0][1]] = True
         is_seen[i, start + first : start + row + 1] = True
         is_sought[i, [start + r for r in sought]] = True
-    rows = torch.tensor([start + row for _, start, row, _ in pointers], dtype=torch.int64)
-    return Pointers(rows, is_seen, is_sought & is_seen)
+    rows = torch.tensor([start + row for _, start, row, _, _ in pointers], dtype=torch.int64)
+    boxes = torch.tensor([box for *_, box in pointers], dtype=torch.float32).view(-1, 4)
+    return Pointers(rows, is_seen, is_sought & is_seen, boxes)
 
 
 def _media_tensors(media: list[tuple[int, Shown]]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Thoughts:
     """[n, D]: what the first layers make of these."""
     aims: Tensor
     """[pointers]: log of the share of its attention that a head gives to what is sought."""
+    found: Tensor
+    """[pointers, D]: what the rows that write boxes know then."""
 
 
 class Network(nn.Module):
@@ -75,6 +77,7 @@ class Network(nn.Module):
                 "token_boxes": nn.Linear(config.text.hidden_size, 4 * 4),
                 "token_places": nn.Linear(config.text.hidden_size, 4 * 4),
                 "deep_places": nn.Linear(config.text.hidden_size, 4 * 4),
+                "deep_boxes": nn.Linear(config.text.hidden_size, 4),
             }
         )
         self.loads: dict[int, Tensor] = {}
@@ -87,7 +90,7 @@ class Network(nn.Module):
             patches, embeds = self.see(batch)
         x = x.index_copy(0, batch.media_rows, embeds[: len(batch.media_rows)])
         turn = _text_angles(batch.positions, self.config)
-        deep, aims = embeds, x
+        deep, aims, found = embeds, x, x
         for i, layer in enumerate(self.decoder.layers):
             if i == _MIDDLE:
                 deep = x.index_select(0, batch.media_rows)
@@ -95,9 +98,11 @@ class Network(nn.Module):
             if i == _MIDDLE:
                 aims = _aims(turned[:, 0], turned[:, self.config.text.num_heads], batch.pointers)
             x = x + attended
+            if i == _MIDDLE:
+                found = x.index_select(0, batch.pointers.rows)
             x = x + self._mlp(i, layer.mlp, _rms(x, layer.post_attention_norm, layer.eps), batch)
         rows = _rms(x.index_select(0, batch.target_rows), self.decoder.norm, self.config.text.rms_norm_eps)
-        return Thoughts(linear(rows, self.decoder.embed).float(), patches, embeds, deep, aims)
+        return Thoughts(linear(rows, self.decoder.embed).float(), patches, embeds, deep, aims, found)
 
     def _attention(
         self, layer: nn.Module, x: Tensor, turn: tuple[Tensor, Tensor], batch: Batch

@@ -246,7 +246,9 @@ def lesson(network: Network, batch: Batch, *, are_eyes_taught: bool) -> tuple[Te
     is_right = (thoughts.logits.detach().argmax(-1) == batch.target_ids) & (weights > 0)
     scaffold_loss = _place_loss(network, batch, "deep_places", thoughts.deep.float()[: len(batch.media_rows)])
     if len(thoughts.aims):
-        scaffold_loss = scaffold_loss - thoughts.aims.mean()
+        read = network.scaffold["deep_boxes"](thoughts.found.float())
+        places = functional.smooth_l1_loss(read * _PLACE_UNIT, batch.pointers.boxes * _PLACE_UNIT, beta=0.1)
+        scaffold_loss = scaffold_loss - thoughts.aims.mean() + places
     if are_eyes_taught:
         scaffold_loss = scaffold_loss + _scaffold_loss(network, batch, thoughts.patches, thoughts.embeds)
     return loss, scaffold_loss, is_right.sum().item() / (weights > 0).sum().item()

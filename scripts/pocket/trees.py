@@ -79,7 +79,7 @@ class Planter:
                 share = _DIGIT_WEIGHTS[min(digit, 4) - 1] if digit else 1.0
                 tree.targets.append((first + j, token, share * len(answer) ** -0.5))
             if sample.target is not None and (sought := _sought(tree, sample.target, tree.segments[-1][0])):
-                tree.pointers += [(first + j, sought) for j, digit in enumerate(digits) if digit]
+                tree.pointers += [(first + j, sought, sample.target) for j, digit in enumerate(digits) if digit]
         return tree
 
     def plant_picture(self, picture: Picture) -> Tree:

@@ -1,0 +1,159 @@
+"""Ranks that compute one step together: what they exchange inside it.
+
+A rank calls the same collectives in the same order as its peers, in every step, also when it has nothing to do.
+`Alone` is the group of a single rank, `TorchGroup` one over `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch import Tensor, distributed
+
+from ernie_cluster.config.parallel import Coordinates, ParallelDims
+from ernie_cluster.errors import GangBroken
+
+
+class Group(Protocol):
+    """Some ranks, numbered from 0. Every call raises GangBroken when a peer is gone or too late."""
+
+    @property
+    def rank(self) -> int:
+        """This one's number."""
+
+    @property
+    def size(self) -> int:
+        """How many there are, at least 1."""
+
+    def add(self, x: Tensor) -> Tensor:
+        """The sum of every rank's `x`, any shape, the same on all; may reuse the memory of `x`."""
+
+    def exchange(self, x: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
+        """Rows that the others have for this rank, by rank.
+
+        Args:
+            x: [sum(to), ...]: rows for rank 0, then for rank 1, and so on.
+            to: how many rows go to each rank.
+            of: how many come from each.
+
+        Returns:
+            [sum(of), ...].
+        """
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Rank 0's `x`; the others pass a tensor of its shape and dtype, which is filled."""
+
+
+class Alone:
+    """One rank: nothing to exchange."""
+
+    rank, size = 0, 1
+
+    def add(self, x: Tensor) -> Tensor:
+        return x
+
+    def exchange(self, x: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
+        return x
+
+    def spread(self, x: Tensor) -> Tensor:
+        return x
+
+
+class TorchGroup:
+    """Collectives of a process group: gloo on CPU, NCCL on GPUs.
+
+    Args:
+        handle: of `torch.distributed`.
+    """
+
+    def __init__(self, handle: distributed.ProcessGroup) -> None:
+        self._handle = handle
+        self.rank, self.size = handle.rank(), handle.size()
+
+    def add(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        with _told():
+            distributed.all_reduce(x, group=self._handle)
+        return x
+
+    def exchange(self, x: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
+        out = x.new_empty(sum(of), *x.shape[1:])
+        with _told():
+            distributed.all_to_all_single(out, x.contiguous(), list(of), list(to), group=self._handle)
+        return out
+
+    def spread(self, x: Tensor) -> Tensor:
+        with _told():
+            distributed.broadcast(x, group=self._handle, group_src=0)
+        return x
+
+
+class _told:
+    """Errors of the library become ours."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise GangBroken(f"a rank of this gang is gone or too late: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One rank's place in its gang."""
+
+    dims: ParallelDims = ParallelDims()
+    rank: int = 0
+    tp: Group = field(default_factory=Alone)
+    """Ranks with the same tokens, each with a share of the heads and columns."""
+    ep: Group = field(default_factory=Alone)
+    """All ranks of the gang, each with a share of the experts."""
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return self.dims.coordinates(self.rank)
+
+
+def open_store(host: str, timeout_s: float) -> distributed.TCPStore:
+    """Where the ranks of a new gang find each other, on a port that the system chooses (`.port`)."""
+    return distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+
+
+def join(
+    store: distributed.Store | tuple[str, int], dims: ParallelDims, rank: int, device: torch.device, timeout_s: float
+) -> Place:
+    """Take a place in a gang; returns once all ranks are there. A process can be in one gang.
+
+    Args:
+        store: made by `open_store`, or its (host, port).
+        rank: of this process, below `dims.world`.
+        device: decides the library: NCCL for GPUs, else gloo.
+        timeout_s: of this call and of every collective later.
+
+    Raises:
+        GangBroken: not all ranks came in time.
+    """
+    bound = timedelta(seconds=timeout_s)
+    with _told():
+        if isinstance(store, tuple):
+            store = distributed.TCPStore(*store, is_master=False, timeout=bound)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=dims.world, timeout=bound)
+        rows = [[dims.rank(dp, tp) for tp in range(dims.tp)] for dp in range(dims.dp)]
+        handle, _ = distributed.new_subgroups_by_enumeration(rows, timeout=bound)
+    world = distributed.group.WORLD
+    assert world is not None
+    assert handle is not None
+    tp: Group = TorchGroup(handle) if dims.tp > 1 else Alone()
+    return Place(dims, rank, tp, TorchGroup(world) if dims.world > 1 else Alone())
+
+
+def leave() -> None:
+    """Give the gang's connections back."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,73 @@
+"""Groups of ranks that are threads of one process: quick enough for laws."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.model.group import Alone, Group, Place
+
+_PATIENCE_S = 30.0
+
+T = TypeVar("T")
+
+
+class _Table:
+    """What each rank has laid down, for all to see."""
+
+    def __init__(self, size: int) -> None:
+        self.laid: list[tuple[Tensor, Sequence[int]]] = [(torch.empty(0), ())] * size
+        self.barrier = threading.Barrier(size, timeout=_PATIENCE_S)
+
+
+class ThreadGroup:
+    """One rank among threads."""
+
+    def __init__(self, table: _Table, rank: int) -> None:
+        self._table, self.rank, self.size = table, rank, len(table.laid)
+
+    def add(self, x: Tensor) -> Tensor:
+        total = torch.stack([t for t, _ in self._all(x)]).sum(0)
+        return self._after(total)
+
+    def exchange(self, x: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
+        parts = [t.split(list(counts))[self.rank] for t, counts in self._all(x, to)]
+        assert [len(part) for part in parts] == list(of), "counts of sender and receiver differ"
+        return self._after(torch.cat(parts))
+
+    def spread(self, x: Tensor) -> Tensor:
+        return self._after(self._all(x)[0][0].clone())
+
+    def _all(self, x: Tensor, to: Sequence[int] = ()) -> list[tuple[Tensor, Sequence[int]]]:
+        self._table.laid[self.rank] = (x.clone(), to)
+        self._table.barrier.wait()
+        return self._table.laid
+
+    def _after(self, x: Tensor) -> Tensor:
+        """Nobody lays down anything new before all have taken."""
+        self._table.barrier.wait()
+        return x
+
+
+def places(dims: ParallelDims) -> list[Place]:
+    """One per rank of a gang whose ranks are threads."""
+    world = _Table(dims.world)
+    rows = [_Table(dims.tp) for _ in range(dims.dp)]
+    out = []
+    for rank in range(dims.world):
+        where = dims.coordinates(rank)
+        tp: Group = ThreadGroup(rows[where.dp_rank], where.tp_rank) if dims.tp > 1 else Alone()
+        out.append(Place(dims, rank, tp, ThreadGroup(world, rank) if dims.world > 1 else Alone()))
+    return out
+
+
+def together(work: Callable[[Place], T], dims: ParallelDims) -> list[T]:
+    """What `work` gives on each rank, run side by side."""
+    with ThreadPoolExecutor(dims.world) as pool:
+        return [future.result(_PATIENCE_S) for future in [pool.submit(work, place) for place in places(dims)]]
