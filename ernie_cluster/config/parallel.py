@@ -143,6 +143,24 @@ class Shard:
         return range(first, end)
 
 
+def expert_places(num_experts: int, num_pools: int, dims: ParallelDims) -> list[tuple[int, int]]:
+    """(rank, index among that rank's experts) of every expert of the joint table.
+
+    A rank holds its text experts first, then its vision experts.
+
+    Args:
+        num_experts: of one modality.
+        num_pools: modalities, 1 or 2.
+    """
+    ranks = [ep_rank_of(e, num_experts, dims.ep) for e in range(num_experts * num_pools)]
+    seen = [0] * dims.ep
+    places = []
+    for rank in ranks:
+        places.append((rank, seen[rank]))
+        seen[rank] += 1
+    return places
+
+
 WHOLE = Shard()
 """A model on one rank."""
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_cluster.config.parallel import WHOLE, ParallelDims, Shard, ep_rank_of
+from ernie_cluster.config.parallel import WHOLE, ParallelDims, Shard, ep_rank_of, expert_places
 
 SIZES = st.integers(1, 12)
 
@@ -47,6 +47,15 @@ def test_every_expert_is_on_exactly_one_rank(tp: int, dp: int, num_experts: int)
     held = [(rank, e) for rank, shard in enumerate(ranks) for e in shard.experts(num_experts)]
     assert sorted(e for _, e in held) == list(range(num_experts))
     assert held == [(ep_rank_of(e, num_experts, len(ranks)), e) for e in range(num_experts)]
+
+
+@settings(max_examples=50)
+@given(SIZES, SIZES, st.integers(1, 64), st.integers(1, 2))
+def test_places_are_where_the_ranks_hold_them(tp: int, dp: int, num_experts: int, num_pools: int) -> None:
+    places = expert_places(num_experts, num_pools, ParallelDims(tp, dp))
+    for rank, shard in enumerate(shards(tp, dp)):
+        held = [pool * num_experts + e for pool in range(num_pools) for e in shard.experts(num_experts)]
+        assert [places[e] for e in held] == [(rank, i) for i in range(len(held))]
 
 
 @settings(max_examples=50)
