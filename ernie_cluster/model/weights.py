@@ -27,9 +27,9 @@ from ernie_cluster.model.decoder import Decoder
 from ernie_cluster.model.fill import Copy, check, fill, no_progress
 from ernie_cluster.model.vision import VisionEncoder
 
-_UNUSED = ("lm_head.weight", "mtp_", ".mtp", "rotary_emb.inv_freq")
+_UNUSED = ("lm_head.weight", "mtp_", ".mtp", "rotary_emb.inv_freq", "moe_statics.expert_usage")
 """In names of tensors that published checkpoints may hold and no replica needs: a head that is tied to the embedding,
-layers for speculative decoding, and what can be computed."""
+layers for speculative decoding, what can be computed, and how often training chose an expert."""
 
 
 def decoder_copies(config: ModelConfig, *, has_vision_experts: bool, shard: Shard = WHOLE) -> Iterator[Copy]:
