@@ -50,10 +50,15 @@ class Hub(BaseHTTPRequestHandler):
             return self._json({"id": "owner/model", "sha": COMMITS[name], "siblings": []})
         commit = name.partition("/")[0]
         if verb == "tree":
-            entries = [{"type": "file", "path": p, "size": len(c), "oid": _oid(c)} for p, c in self.files.items()]
+            contents = {p: self._content(p, commit) for p in self.files}
+            entries = [{"type": "file", "path": p, "size": len(c), "oid": _oid(c)} for p, c in contents.items()]
             return self._json(entries)
-        content = self.files[name.partition("/")[2]] + commit[:1].encode()
+        content = self._content(name.partition("/")[2], commit)
         return self._send(200, content, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit})
+
+    def _content(self, path: str, commit: str) -> bytes:
+        """Each revision's files end with its letter."""
+        return self.files[path] + commit[:1].encode()
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
