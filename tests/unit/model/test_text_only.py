@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ernie_cluster.actors import launch
 from ernie_cluster.cli.tiny_tokenizer import tokenizer_config, train_tokenizer
-from ernie_cluster.config.cluster import ClusterConfig, ModelDeployment, PoolConfig
+from ernie_cluster.config.cluster import ModelDeployment, PoolConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
@@ -29,7 +28,7 @@ from tests import tiny
 from tests.shapes import TEXT_03B, TEXT_21B, TEXT_300B
 
 META = torch.device("meta")
-VOCAB, STEPS = 2048, 24
+VOCAB, STEPS = 2048, 12
 KINDS = ("dense", "experts", "untied experts")
 PROMPT = [5, 900, 77, 1040, 12, 3, 400, 41, 260, 1999]
 
@@ -145,13 +144,13 @@ def test_full_size_models_have_the_published_number_of_parameters(raw: dict[str,
     assert num_parameters(decoder) == total
 
 
-def test_a_vision_pool_for_a_text_model_is_refused_before_anything_starts() -> None:
+def test_pools_of_a_text_model_are_prefill_and_decode() -> None:
     path = folder_of("dense")
+    sees = ModelConfig.from_folder(path).is_multimodal
     blind = ModelDeployment("text", path, (PoolConfig("prefill"), PoolConfig("decode")))
-    launch.check(ClusterConfig(models=(blind,)))
-    seeing = replace(blind, pools=(*blind.pools, PoolConfig("vision")))
+    blind.check_media(is_multimodal=sees)
     with pytest.raises(ConfigError, match=r"'text'.*text-only; remove the vision pool"):
-        launch.check(ClusterConfig(models=(seeing,)))
+        replace(blind, pools=(*blind.pools, PoolConfig("vision"))).check_media(is_multimodal=sees)
 
 
 def test_a_picture_is_refused_by_the_name_of_the_model() -> None:
