@@ -21,8 +21,9 @@ from ernie_cluster.grammar.compile import Compiler, Vocabulary
 from ernie_cluster.inputs.positions import mrope_positions
 from ernie_cluster.inputs.tokenizer import Tokenizer
 from ernie_cluster.model.build import Role, build_decoder, build_vision
+from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.vision import VisionEncoder
-from ernie_cluster.model.weights import Checkpoint, load_decoder, load_vision
+from ernie_cluster.model.weights import load_decoder, load_vision
 from ernie_cluster.request import (
     GenerationRequest,
     MediaInput,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -15,8 +16,10 @@ from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.handover import EMBED_PIECE
 from ernie_cluster.errors import EngineFailed
 from ernie_cluster.model.build import build_vision, torch_dtype
+from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.vision import VisionEncoder
-from ernie_cluster.model.weights import Checkpoint, load_vision
+from ernie_cluster.model.weights import load_vision
+from ernie_cluster.observe.progress import ByteProgress
 from ernie_cluster.request import MediaInput
 
 _CACHE_BYTES = 256 << 20
@@ -76,9 +79,8 @@ class Encoder:
         shape = ModelConfig.from_folder(deployment.path)
         dtype = torch_dtype(deployment.engine.dtype_of(shape.dtype))
         encoder = build_vision(shape, dtype=dtype, device=device)
-        checkpoint = Checkpoint(deployment.path)
-        load_vision(encoder, shape, checkpoint)
-        checkpoint.close()
+        with Checkpoint(deployment.path) as checkpoint:
+            load_vision(encoder, shape, checkpoint, progress=ByteProgress(f"{model}, vision: weights", sys.stderr))
         return cls(encoder, device)
 
     @torch.inference_mode()

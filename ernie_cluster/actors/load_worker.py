@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from ernie_cluster.actors import process
@@ -14,6 +15,7 @@ from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.grammar.compile import Compiler, Vocabulary
 from ernie_cluster.inputs.tokenizer import Tokenizer, end_token_ids
+from ernie_cluster.observe.progress import ByteProgress
 
 
 def load_worker(
@@ -50,6 +52,7 @@ def load_worker(
         device=device,
         num_blocks=num_blocks,
         block_size=settings.block_size,
+        progress=ByteProgress(f"{model}, {role}: weights", sys.stderr),
     )
     return Worker(
         runner,

@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="stop after the answers instead of staying up")
     parser.add_argument("--port", type=int, default=8000, help="HTTP port (default 8000)")
     parser.add_argument("--mixed", action="store_true", help="prefill and decode in one replica, without a hand-over")
-    parser.add_argument("--model", metavar="PATH", help="folder of another checkpoint, which is served as 'demo'")
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        help="another checkpoint, served as 'demo': a folder, or owner/name[@revision] on the Hugging Face hub",
+    )
     parser.add_argument(
         "--keep", metavar="DIR", type=Path, help="folder for the pictures (default: demo/ in the user's cache)"
     )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ernie_cluster.cli.hub import with_local_folders
 from ernie_cluster.cli.progress import Progress
 from ernie_cluster.cli.remote import DEFAULT_URL
 from ernie_cluster.cli.serve import base_url, check_ports
@@ -31,6 +32,7 @@ def serving(config: ClusterConfig, progress: Progress) -> Iterator[str]:
     check_ports(config.api)
     for model in config.models:
         check_packaged(model.path)
+    config = with_local_folders(config, progress)
     progress("loading Ray")
     from ernie_cluster.actors import launch
 

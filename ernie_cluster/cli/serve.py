@@ -9,6 +9,7 @@ import socket
 import threading
 
 from ernie_cluster.cli.config import add_config_arguments, read_config
+from ernie_cluster.cli.hub import with_local_folders
 from ernie_cluster.cli.progress import Progress
 from ernie_cluster.config.cluster import ApiConfig
 from ernie_cluster.errors import ConfigError
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     if args.address is None:
         check_ports(config.api)
     progress = Progress()
+    config = with_local_folders(config, progress)
     progress("loading")
     from ernie_cluster.actors import launch  # Ray takes a second to import
 

@@ -136,7 +136,8 @@ class ModelDeployment:
     name: str
     """What clients put into the field `model`; letters, digits and any of `. _ : / @ + -`."""
     path: str
-    """Checkpoint folder with config.json, tokenizer and *.safetensors, the same on every node."""
+    """Checkpoint folder with config.json, tokenizer and *.safetensors, the same on every node; or a repository of the
+    Hugging Face hub as `owner/name` or `owner/name@revision`, which `serve` fetches into the hub's cache."""
     pools: tuple[PoolConfig, ...]
     """One per role: mixed, or prefill and decode, or all three; and vision where pictures are to be served."""
     engine: EngineConfig = EngineConfig()

@@ -156,6 +156,8 @@ class ModelConfig:
             return cls.from_dict(raw)
         except KeyError as e:
             raise CheckpointError(f"{path}: key {e.args[0]!r} is missing") from None
+        except (TypeError, ValueError, AttributeError) as e:
+            raise CheckpointError(f"{path}: a value is of the wrong kind: {e}") from None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -311,5 +313,6 @@ def _text_moe(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _text_dense(raw: Mapping[str, Any]) -> ModelConfig:
-    text = _text(raw, has_experts=False, has_vision=False, router_is_transposed=False)
+    # this form's own default, where head_dim * heads is not hidden_size: 128 * 16 beside 1024 in the 0.3B
+    text = _text({"head_dim": 128, **raw}, has_experts=False, has_vision=False, router_is_transposed=False)
     return ModelConfig(text=text, vision=None, token_ids=None, dtype=_dtype(raw))

@@ -1,7 +1,8 @@
 """How the ranks of one replica split a model, with the arithmetic that it must obey.
 
 Attention is tensor-parallel over `tp` and data-parallel over `dp`; experts are spread whole over all `tp * dp` ranks.
-Knows no process group and no device.
+Embedding, head, norms, routers, ViT and resampler are whole on every rank: split over tp they would save 3 GB of 106 per
+rank of the 424B, for a collective at both ends of each step. Knows no process group and no device.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ernie_cluster.config.kv_layout import kv_heads_of_rank
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import ConfigError
 
@@ -81,6 +83,86 @@ class ParallelDims:
         for name, pool in (("text_experts", text.text_experts), ("vision_experts", text.vision_experts)):
             if pool is not None:
                 yield f"{name}.num_experts", pool.num_experts, "ep", self.ep
+
+
+def ep_rank_of(expert: int, num_experts: int, ep: int) -> int:
+    """Rank that holds an expert: each modality's experts are dealt in equal runs, so all ranks have work in both.
+
+    Args:
+        expert: index in the joint table; text experts are 0 .. num_experts - 1, vision experts follow.
+        num_experts: experts of one modality.
+        ep: ranks; where it does not divide `num_experts`, some ranks hold one expert more than others.
+
+    Returns:
+        64 experts each, ep 8: experts 0..7 and 64..71 are on rank 0, 8..15 and 72..79 on rank 1, ...
+    """
+    return expert % num_experts * ep // num_experts
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's part of a model; by default the whole model. Sizes that are split must have passed `dims.check`."""
+
+    dims: ParallelDims = ParallelDims()
+    rank: int = 0
+    """In [0, dims.world)."""
+
+    def __post_init__(self) -> None:
+        self.dims.coordinates(self.rank)  # asserts that the rank is there
+
+    @property
+    def tp_rank(self) -> int:
+        """Which of the `tp` equal parts of attention heads and MLP columns."""
+        return self.dims.coordinates(self.rank).tp_rank
+
+    @property
+    def ep_rank(self) -> int:
+        """Which of the `ep` parts of the experts."""
+        return self.dims.coordinates(self.rank).ep_rank
+
+    def slice_of(self, size: int) -> slice:
+        """This rank's run of `size` things that are split over tp: query heads, or columns of an MLP.
+
+        tp 4: of 20 heads, tp_rank 1 has slice(5, 10). The slices of all tp ranks in order are all things, once.
+        """
+        share = self.share_of(size)
+        return slice(self.tp_rank * share, (self.tp_rank + 1) * share)
+
+    def share_of(self, size: int) -> int:
+        """Length of `slice_of`, the same on every rank."""
+        assert size % self.dims.tp == 0, f"{size} is not split evenly over tp = {self.dims.tp}"
+        return size // self.dims.tp
+
+    def kv_heads(self, num_kv_heads: int) -> range:
+        """KV heads of this rank, see `kv_heads_of_rank`."""
+        return kv_heads_of_rank(num_kv_heads, self.dims.tp, self.tp_rank)
+
+    def experts(self, num_experts: int) -> range:
+        """Experts of this rank within one modality's `num_experts`: those that `ep_rank_of` puts here."""
+        first, end = (-(-rank * num_experts // self.dims.ep) for rank in (self.ep_rank, self.ep_rank + 1))
+        return range(first, end)
+
+
+def expert_places(num_experts: int, num_pools: int, dims: ParallelDims) -> list[tuple[int, int]]:
+    """(rank, index among that rank's experts) of every expert of the joint table.
+
+    A rank holds its text experts first, then its vision experts.
+
+    Args:
+        num_experts: of one modality.
+        num_pools: modalities, 1 or 2.
+    """
+    ranks = [ep_rank_of(e, num_experts, dims.ep) for e in range(num_experts * num_pools)]
+    seen = [0] * dims.ep
+    places = []
+    for rank in ranks:
+        places.append((rank, seen[rank]))
+        seen[rank] += 1
+    return places
+
+
+WHOLE = Shard()
+"""A model on one rank."""
 
 
 def _divisors(size: int, limit: int = 64) -> list[int]:

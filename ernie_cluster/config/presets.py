@@ -34,6 +34,16 @@ _424B_ENGINE = EngineConfig(  # per GPU of 8 x 141 GB: 106 GB of weights + 17.2 
     kv_cache_bytes=16 * GIB, max_batch_tokens=4096, max_num_seqs=32
 )
 
+_03B_ENGINE = EngineConfig(  # 0.7 GB of weights + 1.1 GB of KV (58,000 tokens) in memory
+    kv_cache_bytes=1 * GIB, max_batch_tokens=512, max_num_seqs=16
+)
+_21B_ENGINE = EngineConfig(  # 43.7 GB of weights + 17.2 GB of KV (299,000 tokens) on one 80 GB GPU
+    kv_cache_bytes=16 * GIB, max_batch_tokens=4096, max_num_seqs=64
+)
+_300B_ENGINE = EngineConfig(  # per GPU of 8 x 141 GB: 75 GB of weights + 34.4 GB of KV (1,243,000 tokens)
+    kv_cache_bytes=32 * GIB, max_batch_tokens=4096, max_num_seqs=64
+)
+
 
 def tiny(path: str) -> ClusterConfig:
     """A toy checkpoint on CPU, as one vision, one prefill and one decode replica."""
@@ -78,6 +88,22 @@ def ernie_424b_a47b(path: str) -> ClusterConfig:
     return _serve(ModelDeployment("ernie-4.5-vl-424b-a47b", path, _gpu_pools(tp=8), _424B_ENGINE))
 
 
+def ernie_03b(path: str) -> ClusterConfig:
+    """ERNIE-4.5-0.3B, which reads text only, in bf16 on CPU."""
+    pools = (PoolConfig("prefill"), PoolConfig("decode"))
+    return _serve(ModelDeployment("ernie-4.5-0.3b", path, pools, _03B_ENGINE))
+
+
+def ernie_21b_a3b(path: str) -> ClusterConfig:
+    """ERNIE-4.5-21B-A3B, which reads text only, in bf16 on two 80 GB GPUs, one per role."""
+    return _serve(ModelDeployment("ernie-4.5-21b-a3b", path, _gpu_pools(tp=1)[1:], _21B_ENGINE))
+
+
+def ernie_300b_a47b(path: str) -> ClusterConfig:
+    """ERNIE-4.5-300B-A47B, which reads text only, in bf16: prefill and decode on eight 141 GB GPUs each."""
+    return _serve(ModelDeployment("ernie-4.5-300b-a47b", path, _gpu_pools(tp=8)[1:], _300B_ENGINE))
+
+
 PRESETS: Mapping[str, Callable[[str], ClusterConfig]] = {
     "tiny": tiny,
     "tiny-mixed": tiny_mixed,
@@ -86,6 +112,9 @@ PRESETS: Mapping[str, Callable[[str], ClusterConfig]] = {
     "28b": ernie_28b_a3b,
     "28b-thinking": ernie_28b_a3b_thinking,
     "424b": ernie_424b_a47b,
+    "0.3b": ernie_03b,
+    "21b": ernie_21b_a3b,
+    "300b": ernie_300b_a47b,
 }
 """What `preset:` of a model entry may say; each takes the checkpoint folder."""
 

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.model.build import Role, build_decoder, has_vision_experts, torch_dtype
+from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.decoder import Decoder, no_hook
+from ernie_cluster.model.fill import no_progress
 from ernie_cluster.model.step import KVCache, StepInput
-from ernie_cluster.model.weights import Checkpoint, load_decoder, no_progress
+from ernie_cluster.model.weights import load_decoder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,22 +36,26 @@ class Runner:
         device: torch.device,
         num_blocks: int,
         block_size: int,
+        shard: Shard = WHOLE,
         progress: Callable[[int, int], None] = no_progress,
     ) -> Runner:
-        """Weights of a checkpoint folder and an empty cache; raises CheckpointError."""
-        decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device)
-        checkpoint = Checkpoint(folder)
-        has_vision = has_vision_experts(config, role)
-        load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
-        checkpoint.close()
+        """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError.
+
+        `progress(bytes done, bytes in all)` is called as they are read.
+        """
+        decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device, shard=shard)
+        with Checkpoint(folder) as checkpoint:
+            has_vision = has_vision_experts(config, role)
+            load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
         return cls.around(decoder, num_blocks=num_blocks, block_size=block_size)
 
     @classmethod
     def around(cls, decoder: Decoder, *, num_blocks: int, block_size: int) -> Runner:
-        """A loaded decoder and an empty cache on its device and in its dtype."""
+        """A loaded decoder and an empty cache for its KV heads, on its device and in its dtype."""
         c, weight = decoder.config, decoder.embed
+        num_kv_heads = len(decoder.shard.kv_heads(c.num_kv_heads))
         kv = KVCache.allocate(
-            c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_dim, weight.dtype, weight.device
+            c.num_layers, num_blocks, block_size, num_kv_heads, c.head_dim, weight.dtype, weight.device
         )
         return cls(decoder, kv)
 

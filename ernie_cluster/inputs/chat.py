@@ -166,7 +166,7 @@ class ChatProcessor:
             ContextTooLong: the prompt alone does not fit.
         """
         part_types = self.template.part_types if self.config.is_multimodal else {}
-        rendered, unprepared = read_messages(messages, self.limits, part_types=part_types)
+        rendered, unprepared = read_messages(messages, self.limits, part_types=part_types, model=self.served_name)
         check_text(tools, "tools", self.limits.max_prompt_chars)
         segments = self.template.render(
             rendered,

@@ -143,7 +143,7 @@ or one that goes to other processes or to a cache first."""
 
 
 def read_messages(
-    messages: Sequence[Message], limits: PromptLimits, *, part_types: Mapping[MediaKind, str]
+    messages: Sequence[Message], limits: PromptLimits, *, part_types: Mapping[MediaKind, str], model: str
 ) -> tuple[list[Message], list[Media]]:
     """The messages as templates expect them, and their pictures and videos in order.
 
@@ -155,6 +155,7 @@ def read_messages(
         limits: see there.
         part_types: type that the template expects of a picture's and a video's part; empty for models that read text
             only.
+        model: served name, for errors.
 
     Raises:
         InvalidRequest: no messages, an unserved kind of part, too many pictures or videos, or text that is not Unicode.
@@ -168,7 +169,8 @@ def read_messages(
         content = message.get("content")
         if isinstance(content, (list, tuple)):
             content = [
-                _read_part(part, f"messages[{i}].content[{j}]", part_types, media) for j, part in enumerate(content)
+                _read_part(part, f"messages[{i}].content[{j}]", part_types, media, model)
+                for j, part in enumerate(content)
             ]
         rendered.append({**message, "content": "" if content is None else content, **_tool_calls(message)})
     _check_count([m for m in media if isinstance(m, Picture)], limits.max_images, "pictures")
@@ -233,7 +235,9 @@ def _check_count(media: Sequence[Media], limit: int, what: str) -> None:
         )
 
 
-def _read_part(part: Message, param: str, part_types: Mapping[MediaKind, str], media: list[Media]) -> Message:
+def _read_part(
+    part: Message, param: str, part_types: Mapping[MediaKind, str], media: list[Media], model: str
+) -> Message:
     kind = part.get("type")
     if kind == "text":
         return part
@@ -242,7 +246,7 @@ def _read_part(part: Message, param: str, part_types: Mapping[MediaKind, str], m
             f"parts of type {kind!r} are not served; send text, image_url or video_url", f"{param}.type"
         )
     if not part_types:
-        raise InvalidRequest("this model reads text only; leave pictures and videos out", param)
+        raise InvalidRequest(f"{model} reads text only; leave pictures and videos out", param)
     given = part[kind]
     if kind == "image_url":
         media.append(Picture.of(given, f"{param}.{kind}"))

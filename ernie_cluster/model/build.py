@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model.decoder import Decoder
 from ernie_cluster.model.grouped_ops import GroupedOps
@@ -56,15 +57,22 @@ def has_vision_experts(config: ModelConfig, role: Role) -> bool:
     return role != "decode" and config.is_multimodal
 
 
-def build_decoder(config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """An unfilled decoder with the parts of `role`."""
+def build_decoder(
+    config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
+) -> Decoder:
+    """An unfilled decoder with the parts of `role` that the rank of `shard` holds.
+
+    Raises:
+        ConfigError: a size of the model is not divided by the ranks that share it.
+    """
+    shard.dims.check(config)
     with torch.device(device):
-        ops = choose_ops(config, dtype, device)
-        return Decoder(config.text, has_vision_experts=has_vision_experts(config, role), dtype=dtype, ops=ops)
+        ops, sees = choose_ops(config, dtype, device), has_vision_experts(config, role)
+        return Decoder(config.text, has_vision_experts=sees, dtype=dtype, ops=ops, shard=shard)
 
 
 def build_vision(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> VisionEncoder:
-    """An unfilled ViT and resampler; ConfigError for a text-only model."""
+    """An unfilled ViT and resampler, whole on every rank; ConfigError for a text-only model."""
     if config.vision is None:
         raise ConfigError("a text-only model has no vision encoder; remove the vision pool from its configuration")
     with torch.device(device):

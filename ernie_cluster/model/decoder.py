@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_cluster.config.model import TextConfig
+from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model.moe import GatedMLP, SparseMLP, empty_weight
 from ernie_cluster.model.ops import TorchOps
@@ -24,14 +25,16 @@ def no_hook(layer: int) -> None:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over paged KV."""
+    """Grouped-query attention over paged KV: H query and G KV heads, those of one rank."""
 
-    def __init__(self, config: TextConfig, dtype: torch.dtype, ops: TorchOps) -> None:
+    def __init__(self, config: TextConfig, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE) -> None:
         super().__init__()
-        self.ops, self.num_heads = ops, config.num_heads
-        width = config.num_heads * config.head_dim
-        self.qkv = empty_weight(width + 2 * config.num_kv_heads * config.head_dim, config.hidden_size, dtype=dtype)
-        self.out = empty_weight(config.hidden_size, width, dtype=dtype)
+        self.ops, self.num_heads = ops, shard.share_of(config.num_heads)
+        num_kv_heads = len(shard.kv_heads(config.num_kv_heads))
+        self.qkv = empty_weight(
+            (self.num_heads + 2 * num_kv_heads) * config.head_dim, config.hidden_size, dtype=dtype
+        )  # [(H + 2G) * head_dim, D]: q, k, v
+        self.out = empty_weight(config.hidden_size, self.num_heads * config.head_dim, dtype=dtype)
 
     def forward(
         self, x_TD: Tensor, cos_TF: Tensor, sin_TF: Tensor, pages: tuple[Tensor, Tensor], step: StepInput
@@ -45,18 +48,25 @@ class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the sum travels beside x so that each norm can add it."""
 
     def __init__(
-        self, config: TextConfig, index: int, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps
+        self,
+        config: TextConfig,
+        index: int,
+        *,
+        has_vision_experts: bool,
+        dtype: torch.dtype,
+        ops: TorchOps,
+        shard: Shard = WHOLE,
     ) -> None:
         super().__init__()
         self.ops, self.eps = ops, config.rms_norm_eps
         self.input_norm = empty_weight(config.hidden_size, dtype=dtype)
-        self.attention = Attention(config, dtype, ops)
+        self.attention = Attention(config, dtype, ops, shard)
         self.post_attention_norm = empty_weight(config.hidden_size, dtype=dtype)
         self.mlp: SparseMLP | GatedMLP
         if index in config.sparse_layers:
-            self.mlp = SparseMLP(config, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops)
+            self.mlp = SparseMLP(config, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops, shard=shard)
         else:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, ops)
+            self.mlp = GatedMLP(config.hidden_size, shard.share_of(config.intermediate_size), dtype, ops)
 
     def forward(
         self,
@@ -77,22 +87,26 @@ class Decoder(nn.Module):
     """The whole text model.
 
     Args:
-        config: its shape.
+        config: its shape, whole.
         has_vision_experts: False on decode replicas, whose tokens are all text.
         dtype: of all weights but the router's.
         ops: the kernels.
+        shard: the part that this rank holds. Attention, dense MLPs and shared experts are then the rank's share of a sum
+            over tp, the experts its share of a sum over ep.
     """
 
-    def __init__(self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps) -> None:
+    def __init__(
+        self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE
+    ) -> None:
         super().__init__()
         if config.use_bias:
             raise ConfigError(
                 "use_bias true: no published model of the family has biases in its decoder; not supported"
             )
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.shard = config, ops, shard
         self.embed = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops)
+            DecoderLayer(config, i, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops, shard=shard)
             for i in range(config.num_layers)
         )
         self.norm = empty_weight(config.hidden_size, dtype=dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_cluster.config.model import ExpertPool, TextConfig
+from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.model.ops import ExpertWeights, TorchOps, choose_experts
 
 
@@ -47,13 +48,16 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Fused weights of one pool."""
+    """Fused weights of one rank's experts of one pool: `gate_up` [E, 2W, D], `down` [E, D, W] for experts of width W.
 
-    def __init__(self, hidden_size: int, pool: ExpertPool, dtype: torch.dtype) -> None:
+    Which experts these are, `shard.experts(pool.num_experts)` says.
+    """
+
+    def __init__(self, hidden_size: int, pool: ExpertPool, dtype: torch.dtype, shard: Shard = WHOLE) -> None:
         super().__init__()
-        width = pool.intermediate_size
-        self.gate_up = empty_weight(pool.num_experts, 2 * width, hidden_size, dtype=dtype)
-        self.down = empty_weight(pool.num_experts, hidden_size, width, dtype=dtype)
+        width, num_experts = pool.intermediate_size, len(shard.experts(pool.num_experts))
+        self.gate_up = empty_weight(num_experts, 2 * width, hidden_size, dtype=dtype)
+        self.down = empty_weight(num_experts, hidden_size, width, dtype=dtype)
 
     @property
     def weights(self) -> ExpertWeights:
@@ -62,9 +66,14 @@ class Experts(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """Router, experts of one or two pools, and the always-on shared experts where the model has them."""
+    """Router, experts of one or two pools, and the always-on shared experts where the model has them.
 
-    def __init__(self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps) -> None:
+    On a rank: the whole router, `shard.experts` of each pool, and `shard.slice_of` the shared experts' columns.
+    """
+
+    def __init__(
+        self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE
+    ) -> None:
         super().__init__()
         assert config.text_experts is not None
         pools = [config.text_experts]
@@ -72,10 +81,10 @@ class SparseMLP(nn.Module):
             pools.append(config.vision_experts)
         self.ops = ops
         self.router = Router(config.hidden_size, pools, config.norm_min, ops)
-        experts = [Experts(config.hidden_size, pool, dtype) for pool in pools]
+        experts = [Experts(config.hidden_size, pool, dtype, shard) for pool in pools]
         self.pools = nn.ModuleList(experts)
         self._weights = [e.weights for e in experts]
-        width = config.shared_intermediate_size
+        width = shard.share_of(config.shared_intermediate_size)
         self.shared = GatedMLP(config.hidden_size, width, dtype, ops) if width else None
 
     def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> Tensor:
@@ -85,7 +94,7 @@ class SparseMLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)): dense layers and shared experts."""
+    """down(silu(gate(x)) * up(x)): dense layers and shared experts; `width` of their columns are here."""
 
     def __init__(self, hidden_size: int, width: int, dtype: torch.dtype, ops: TorchOps) -> None:
         super().__init__()

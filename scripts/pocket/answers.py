@@ -15,7 +15,8 @@ from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.model.build import build_vision, torch_dtype
-from ernie_cluster.model.weights import Checkpoint, load_vision
+from ernie_cluster.model.checkpoint import Checkpoint
+from ernie_cluster.model.weights import load_vision
 from ernie_cluster.request import GenerationRequest, RequestFailed, SamplingParams
 from ernie_cluster.skills.sample import Sample, ToolCall
 from ernie_cluster.skills.tools import read_calls

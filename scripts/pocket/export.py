@@ -10,7 +10,8 @@ from network import Network
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ernie_cluster.model.weights import Copy, decoder_copies, vision_copies
+from ernie_cluster.model.fill import Copy
+from ernie_cluster.model.weights import decoder_copies, vision_copies
 
 FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",

@@ -74,7 +74,8 @@ def test_training_and_serving_compute_the_same() -> None:
     from network import Network
     from trees import NUM_LABELS, Planter, expected_text
 
-    from ernie_cluster.model.weights import Checkpoint, load_decoder, load_vision
+    from ernie_cluster.model.checkpoint import Checkpoint
+    from ernie_cluster.model.weights import load_decoder, load_vision
 
     respondent = Respondent(FOLDER)
     processor = respondent.processor

@@ -63,7 +63,7 @@ FOREIGN: dict[str, set[str]] = {
     "inputs": {"numpy", "PIL", "av", "jinja2", "tokenizers", "transformers"},
     "skills": {"numpy", "PIL"},
     "grammar": {"llguidance", "numpy"},
-    "model": {"torch", "numpy", "safetensors", "numba", "llvmlite"},
+    "model": {"torch", "numpy", "numba", "llvmlite"},
     "transport": {"numpy", "xxhash", "torch", "cupy"},
     "engine": {"torch", "numpy"},
     "proto": {"grpc", "google"},
@@ -82,10 +82,10 @@ FOREIGN: dict[str, set[str]] = {
         "httpx",
     },
     "actors": {"ray", "torch", "starlette", "fastapi", "numpy"},
-    "cli": {"httpx", "openai", "torch", "safetensors", "tokenizers", "PIL", "numpy", "yaml"},
+    "cli": {"httpx", "openai", "torch", "safetensors", "huggingface_hub", "tokenizers", "PIL", "numpy", "yaml"},
 }
 
-LAZY = {("inputs", "transformers"), ("cli", "actors")}
+LAZY = {("inputs", "transformers"), ("cli", "actors"), ("cli", "huggingface_hub")}
 """(layer, import) that may stand in a function only, because it is slow or heavy."""
 
 ONLY_IN: dict[tuple[str, str], set[str]] = {

@@ -300,7 +300,7 @@ def test_text_only_models_refuse_pictures_and_videos(
     blind = replace(processor, config=replace(processor.config, vision=None, token_ids=None))
     assert chat(blind, "a").num_prompt_tokens > 0
     for part in (picture(data_url()), video(gif_url())):
-        with pytest.raises(InvalidRequest, match="reads text only") as caught:
+        with pytest.raises(InvalidRequest, match="tiny reads text only") as caught:
             chat(blind, [part])
         assert caught.value.param == "messages[0].content[0]"
 

@@ -18,8 +18,9 @@ from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.scheduler import Schedule
 from ernie_cluster.engine.sequence import Sequence
 from ernie_cluster.model.build import build_decoder, num_parameters
+from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.step import KVCache
-from ernie_cluster.model.weights import Checkpoint, load_decoder
+from ernie_cluster.model.weights import load_decoder
 from ernie_cluster.request import GenerationRequest, MediaInput
 from tests import tiny
 
