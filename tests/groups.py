@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.parallel import ParallelDims, Shard
 from ernie_cluster.model.group import Alone, Group, Place
 
-_PATIENCE_S = 30.0
+_PATIENCE_S = 100.0
 
 T = TypeVar("T")
 
@@ -58,12 +58,13 @@ class ThreadGroup:
 def places(dims: ParallelDims) -> list[Place]:
     """One per rank of a gang whose ranks are threads."""
     world = _Table(dims.world)
-    rows = [_Table(dims.tp) for _ in range(dims.dp)]
+    rows, columns = ([_Table(size) for _ in range(count)] for size, count in ((dims.tp, dims.dp), (dims.dp, dims.tp)))
     out = []
     for rank in range(dims.world):
         where = dims.coordinates(rank)
         tp: Group = ThreadGroup(rows[where.dp_rank], where.tp_rank) if dims.tp > 1 else Alone()
-        out.append(Place(dims, rank, tp, ThreadGroup(world, rank) if dims.world > 1 else Alone()))
+        dp: Group = ThreadGroup(columns[where.tp_rank], where.dp_rank) if dims.dp > 1 else Alone()
+        out.append(Place(Shard(dims, rank), tp, dp, ThreadGroup(world, rank) if dims.world > 1 else Alone()))
     return out
 
 

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
+from ernie_cluster.engine.crew import Command, Crew, empty_step, receive
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.model.build import Role, build_decoder, has_vision_experts, torch_dtype
 from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.decoder import Decoder, no_hook
 from ernie_cluster.model.fill import no_progress
+from ernie_cluster.model.group import Group
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.model.weights import load_decoder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runner:
-    """Decoder and KV cache of one replica."""
+    """Decoder and KV cache of one rank, and what the others must know of each step."""
 
     decoder: Decoder
     kv: KVCache
+    crew: Crew = field(default_factory=Crew)
 
     @classmethod
     def load(
@@ -65,5 +68,30 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:
-        """One token per row of logits; K and V of all its tokens are in the cache afterwards."""
+        """One token per row of logits; K and V of all its tokens are in the cache afterwards.
+
+        Raises:
+            GangBroken: another rank is gone.
+        """
+        self.crew.open(step)
         return sample_and_report(self.decoder(step, self.kv, layer_done), rows)
+
+    @torch.inference_mode()
+    def rest(self) -> bool:
+        """Nothing to run here; True if other leaders have work, with which this call has helped."""
+        if not self.crew.rest():
+            return False
+        step = empty_step(self.device)
+        self.crew.join(step)
+        self.decoder(step, self.kv)
+        return True
+
+    @torch.inference_mode()
+    def follow(self, tp: Group) -> None:
+        """Run what the leader of a tensor-parallel group announces, until it says stop; raises GangBroken."""
+        while True:
+            command, step = receive(tp, self.decoder.embed)
+            if command is Command.STOP:
+                return
+            if step is not None:
+                self.decoder(step, self.kv)

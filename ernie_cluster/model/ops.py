@@ -95,6 +95,8 @@ class TorchOps:
             length = step.query_lens[i]
             parts.append(self._chunk_attention(q_THD[row : row + length], pages, step, i))
             row += length
+        if not parts:  # a rank without tokens, whose peers have some
+            return q_THD.flatten(1)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode_attention(self, q_BHD: Tensor, pages: tuple[Tensor, Tensor], step: StepInput) -> Tensor:
