@@ -37,7 +37,7 @@ class ThreadGroup:
         return self._after(total)
 
     def exchange(self, x: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
-        parts = [t.split(list(counts))[self.rank] for t, counts in self._all(x, to)]
+        parts = [torch.split(t, list(counts))[self.rank] for t, counts in self._all(x, to)]
         assert [len(part) for part in parts] == list(of), "counts of sender and receiver differ"
         return self._after(torch.cat(parts))
 

@@ -125,6 +125,7 @@ class Decoder(nn.Module):
         """Run together with the other ranks of a gang from now on; each calls `forward` as often as all others."""
         assert place.shard == self.shard, f"built for {self.shard}, placed at {place.shard}"
         for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
             layer.connect(place)
 
     def forward(self, step: StepInput, kv: KVCache, layer_done: Callable[[int], None] = no_hook) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -120,12 +120,14 @@ class Place:
 ALONE = Place()
 
 
-def open_store(host: str, timeout_s: float) -> distributed.TCPStore:
+def open_store(host: str, timeout_s: float) -> Any:
     """Where the ranks of a new gang find each other, on a port that the system chooses (`.port`)."""
-    return distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
 
 
-def join(store: distributed.Store | tuple[str, int], shard: Shard, device: torch.device, timeout_s: float) -> Place:
+def join(store: Any, shard: Shard, device: torch.device, timeout_s: float) -> Place:
     """Take a place in a gang; returns once all ranks are there. A process can be in one gang.
 
     Args:
@@ -140,7 +142,9 @@ def join(store: distributed.Store | tuple[str, int], shard: Shard, device: torch
     bound = timedelta(seconds=timeout_s)
     with _told():
         if isinstance(store, tuple):
-            store = distributed.TCPStore(*store, is_master=False, timeout=bound)
+            store = distributed.TCPStore(  # type: ignore[attr-defined]
+                store[0], store[1], is_master=False, timeout=bound
+            )
         dims, backend = shard.dims, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=store, rank=shard.rank, world_size=dims.world, timeout=bound)
         rows = [[dims.rank(dp, tp) for tp in range(dims.tp)] for dp in range(dims.dp)]
@@ -154,7 +158,9 @@ def _subgroup(ranks: list[list[int]], bound: timedelta) -> Group:
     """The one of these groups, all of one size, that this process is in."""
     if len(ranks[0]) == 1:
         return Alone()
-    handle, _ = distributed.new_subgroups_by_enumeration(ranks, timeout=bound)
+    handle, _ = distributed.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+        ranks, timeout=bound
+    )
     assert handle is not None
     return TorchGroup(handle)
 
