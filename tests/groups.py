@@ -55,20 +55,26 @@ class ThreadGroup:
         return x
 
 
-def places(dims: ParallelDims) -> list[Place]:
-    """One per rank of a gang whose ranks are threads."""
+def together(work: Callable[[Place], T], dims: ParallelDims) -> list[T]:
+    """What `work` gives on each rank of a gang whose ranks are threads; raises the first error of any."""
     world = _Table(dims.world)
     rows, columns = ([_Table(size) for _ in range(count)] for size, count in ((dims.tp, dims.dp), (dims.dp, dims.tp)))
-    out = []
-    for rank in range(dims.world):
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> T | None:
         where = dims.coordinates(rank)
         tp: Group = ThreadGroup(rows[where.dp_rank], where.tp_rank) if dims.tp > 1 else Alone()
         dp: Group = ThreadGroup(columns[where.tp_rank], where.dp_rank) if dims.dp > 1 else Alone()
-        out.append(Place(Shard(dims, rank), tp, dp, ThreadGroup(world, rank) if dims.world > 1 else Alone()))
-    return out
+        try:
+            return work(Place(Shard(dims, rank), tp, dp, ThreadGroup(world, rank) if dims.world > 1 else Alone()))
+        except BaseException as e:
+            errors.append(e)
+            for table in (world, *rows, *columns):
+                table.barrier.abort()
+            return None
 
-
-def together(work: Callable[[Place], T], dims: ParallelDims) -> list[T]:
-    """What `work` gives on each rank, run side by side."""
     with ThreadPoolExecutor(dims.world) as pool:
-        return [future.result(_PATIENCE_S) for future in [pool.submit(work, place) for place in places(dims)]]
+        out = list(pool.map(run, range(dims.world)))
+    if errors:
+        raise errors[0]
+    return out  # type: ignore[return-value]
