@@ -41,10 +41,10 @@ def check(config: ClusterConfig) -> None:
         model.check_media(is_multimodal=shape.is_multimodal)
         for pool in model.pools:
             pool.dims.check(shape)
-            if pool.dims.world > 1:
+            if pool.tp > 1 and (pool.num_gpus or model.engine.device == "cuda"):
                 raise ConfigError(
-                    f"model {model.name!r}, pool {pool.role}: tp * dp = {pool.tp} * {pool.dp} = {pool.dims.world}; "
-                    "this version runs one rank per replica, so set both to 1"
+                    f"model {model.name!r}, pool {pool.role}: tp = {pool.tp} on GPUs; in this version the ranks of a "
+                    "tensor-parallel group must share their KV cache, which they can on CPU only: set tp to 1"
                 )
 
 

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, receive
 from ernie_cluster.actors.direct import DirectServer
-from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Ready
-from ernie_cluster.config.cluster import ClusterConfig, Role
+from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
 from ernie_cluster.errors import Aborted, TransferFailed
 from ernie_cluster.request import MediaInput, Span
 from ernie_cluster.transport.base import Channel, Message, PieceHeader, Reply
@@ -43,15 +42,19 @@ class _NoSink:
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class VisionRank:
-    """One vision replica; arguments as for `EngineRank`."""
+    """One vision replica."""
 
-    def __init__(self, config: ClusterConfig, model: str, role: Role, actor_name: str, num_cpus: float) -> None:
-        start = time.perf_counter()
+    def __init__(self, args: RankArgs) -> None:
         process.share_interpreter()
+        self._args = args
+
+    async def load(self, meeting: Meeting | None) -> None:
+        """Load the weights; a vision replica has one rank, so there is nobody to meet."""
+        start, config = time.perf_counter(), self._args.config
         from ernie_cluster.actors.encoder import Encoder  # torch, which the conductor need not import
 
-        self._encoder = Encoder.load(config, model, num_cpus)
-        self._receivers = Receivers(_NoSink(), actor_name, config.transport)
+        self._encoder = Encoder.load(config, self._args.model, self._args.num_cpus)
+        self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport)
         self._channels = Channels(self._receivers.endpoint)
         self._server = DirectServer({"encode": self.encode, "embed": self.embed, "abort": self.abort})
         self._piece_bytes = config.transport.piece_bytes
