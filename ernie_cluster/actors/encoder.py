@@ -15,9 +15,8 @@ from ernie_cluster.engine.handover import EMBED_PIECE
 from ernie_cluster.model.build import build_vision, torch_dtype
 from ernie_cluster.model.vision import VisionEncoder
 from ernie_cluster.model.weights import Checkpoint, load_vision
+from ernie_cluster.policy.sizing.memory import EMBEDDING_CACHE_BYTES
 from ernie_cluster.request import MediaInput
-
-_CACHE_BYTES = 256 << 20
 
 
 class EmbeddingCache:
@@ -59,7 +58,7 @@ class Encoder:
 
     def __init__(self, encoder: VisionEncoder, device: torch.device) -> None:
         self._encoder, self._device = encoder, device
-        self._cache = EmbeddingCache(_CACHE_BYTES)
+        self._cache = EmbeddingCache(EMBEDDING_CACHE_BYTES)
 
     @classmethod
     def load(cls, config: ClusterConfig, model: str, num_cpus: float) -> Encoder:
