@@ -48,7 +48,7 @@ def test_a_gpu_that_is_not_known_is_not_judged(machines: list[dict[str, Any]]) -
 
 def test_pools_without_gpus_need_memory_of_machines_that_live(machines: list[dict[str, Any]]) -> None:
     machines.extend([node(0.6 * GIB), node(8 * GIB, alive=False)])
-    with pytest.raises(ConfigError, match="these machines have 0.6 GB of memory"):
+    with pytest.raises(ConfigError, match=r"these machines have 0\.6 GB of memory"):
         launch.check_machines(config(num_gpus=0))
     machines.append(node(0.6 * GIB))
     launch.check_machines(config(num_gpus=0))

@@ -155,7 +155,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["plan", "--help"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert all(
         word in shown for word in ("tp x dp", "experts are spread", "424b", "h200-141g", "Exit code 0", "--json")
     )
