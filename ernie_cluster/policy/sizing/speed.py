@@ -72,7 +72,7 @@ def decode_step_s(setting: Setting, dims: ParallelDims, role: Role, batch: int, 
     head: Part = "embedding" if text.tie_word_embeddings else "head"
     always = [m for m in held if m.part in _ALWAYS or m.part == head]
     layout = memory.kv_layout(setting.model, setting.engine.block_size, setting.kv, dims.tp)
-    num_bytes = sum(_bytes(setting, m) for m in always) + per_group * context * layout.bytes_per_token
+    num_bytes = float(sum(_bytes(setting, m) for m in always) + per_group * context * layout.bytes_per_token)
     flops = 2.0 * sum(m.numbers for m in always) * per_group
     if text.text_experts is not None:
         pool = text.text_experts
