@@ -20,9 +20,8 @@ from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.vision import VisionEncoder
 from ernie_cluster.model.weights import load_vision
 from ernie_cluster.observe.progress import ByteProgress
+from ernie_cluster.policy.sizing.memory import EMBEDDING_CACHE_BYTES
 from ernie_cluster.request import MediaInput
-
-_CACHE_BYTES = 256 << 20
 
 
 class EmbeddingCache:
@@ -64,7 +63,7 @@ class Encoder:
 
     def __init__(self, encoder: VisionEncoder, device: torch.device) -> None:
         self._encoder, self._device = encoder, device
-        self._cache = EmbeddingCache(_CACHE_BYTES)
+        self._cache = EmbeddingCache(EMBEDDING_CACHE_BYTES)
 
     @classmethod
     def load(cls, config: ClusterConfig, model: str, num_cpus: float) -> Encoder:

@@ -23,11 +23,14 @@ from ernie_cluster.api.tls import Certificate
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import ConfigError, ReplicaError
+from ernie_cluster.policy.sizing.check import check_fit
+from ernie_cluster.policy.sizing.gpus import of_ray_types
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
 
+_GPU_TYPE = "accelerator_type:"
 _POLL_S = 0.2
 _ROUTE_TIMEOUT_S = 5.0
 
@@ -46,6 +49,15 @@ def check(config: ClusterConfig) -> None:
                     f"model {model.name!r}, pool {pool.role}: tp = {pool.tp} on GPUs; in this version the ranks of a "
                     "tensor-parallel group must share their KV cache, which they can on CPU only: set tp to 1"
                 )
+
+
+def check_machines(config: ClusterConfig) -> None:
+    """Hold the pools against the machines of the Ray cluster that was joined; raises ConfigError for what cannot fit."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    types = {key.removeprefix(_GPU_TYPE) for resources in machines for key in resources if key.startswith(_GPU_TYPE)}
+    memory = sum(resources.get("memory", 0) for resources in machines)
+    shapes = {model.name: ModelConfig.from_folder(model.path) for model in config.models}
+    check_fit(config, shapes, of_ray_types(types), int(memory) or None)
 
 
 def start_ray(config: ClusterConfig, address: str | None, report: Report) -> None:
@@ -86,8 +98,9 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
 
     Raises:
         ReplicaError: a replica cannot start; the message says why.
-        ConfigError: not ready within `timeout_s`.
+        ConfigError: the pools cannot fit on these machines, or are not ready within `timeout_s`.
     """
+    check_machines(config)
     deadline = time.monotonic() + timeout_s
     if config.api.is_open_to_strangers:
         report(
