@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from ernie_cluster.actors import process
-from ernie_cluster.actors.channels import Channels, Receivers, receive
+from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import Batch, Load, Outcome, Ready
@@ -46,8 +46,9 @@ class EngineRank:
 
         self._hub: EventHub | None = None
         self._worker = load_worker(config, model, role, num_cpus, self._publish)
-        self._receivers = Receivers(self._worker.inbox, actor_name, config.transport)
-        self._channels = Channels(self._receivers.endpoint)
+        gpu = open_gpu(self._worker.inbox, self._worker.engine.runner.device, config.transport)
+        self._receivers = Receivers(self._worker.inbox, actor_name, config.transport, gpu)
+        self._channels = Channels(self._receivers.endpoint, config.transport.kind, gpu)
         calls = (self.open_prefill, self.open_decode, self.abort, self.poll)
         self._server = DirectServer({call.__name__: call for call in calls})
         self._worker.warm_up()
