@@ -53,4 +53,3 @@ def give_up(reason: str) -> None:
     log.critical("this process gives up: %s", reason)
     logging.shutdown()
     os._exit(_GIVEN_UP)
-

@@ -54,7 +54,9 @@ def choices(sender: Endpoint, receiver: Endpoint, wish: Wish = "auto") -> tuple[
     order: list[TransportKind] = ["ipc", "nccl", "shared_memory", "object_store"]
     if wish not in ("auto", "local"):
         order.sort(key=lambda kind: kind != wish)
-    where = "on the same host" if sender.host_id == receiver.host_id else "on different hosts or in different namespaces"
+    where = (
+        "on the same host" if sender.host_id == receiver.host_id else "on different hosts or in different namespaces"
+    )
     found: list[Choice] = []
     passed_over: dict[str, list[str]] = {}  # obstacle -> transports that it bars
     for kind in order:

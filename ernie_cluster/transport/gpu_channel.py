@@ -185,6 +185,8 @@ class GpuChannel:
         announcement, total = bytearray(), 0
         with self._side.gpu.on(self._stream):
             while isinstance(job := self._outbox.head(), Push) and len(frames) < _BATCH_PIECES:
+                if self._link.is_closing:
+                    break
                 nbytes = frame_bytes(job.header.nbytes)
                 if frames and total + nbytes > _BATCH_BYTES:
                     break

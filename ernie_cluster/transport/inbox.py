@@ -25,7 +25,9 @@ def accept(sink: Sink, header: PieceHeader, digest: int, payload: Payload) -> st
     """
     found = checksum(payload)
     if len(payload) != header.nbytes or found != digest:
-        return damaged(header, f"{len(payload)} of {header.nbytes} bytes, checksum {found:016x} instead of {digest:016x}")
+        return damaged(
+            header, f"{len(payload)} of {header.nbytes} bytes, checksum {found:016x} instead of {digest:016x}"
+        )
     return give(sink, header, payload)
 
 

@@ -120,7 +120,9 @@ class Pair:
             self._stuck()
 
     def _stuck(self) -> ReplicaLost:
-        reason = f"aborting an NCCL communicator took more than {self._side.deadlines.abort_s} s; its kernel holds the GPU"
+        reason = (
+            f"aborting an NCCL communicator took more than {self._side.deadlines.abort_s} s; its kernel holds the GPU"
+        )
         self._side.give_up(reason)
         return ReplicaLost(reason)
 

@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
 from ernie_cluster.errors import ReplicaError, ReplicaLost, TransferFailed
-from ernie_cluster.transport.gpu_channel import GpuChannel
-from ernie_cluster.transport.gpu_receiver import GpuReceiver
-from ernie_cluster.transport.gpu_side import Deadlines, GpuSide, Turns
-from ernie_cluster.transport.ipc import IpcFetcher, Regions, open_ipc
-from ernie_cluster.transport.nccl import NcclFetcher, open_nccl
-from tests.unit.transport.conformance import (
-    REFUSED_EPOCH,
-    TIMEOUT_S,
-    Connect,
-    RecordingSink,
-    TransportLaws,
-    header,
-    seen,
-    send,
-)
-from tests.unit.transport.gpu_twin import Mishaps, TwinGpu
+from ernie_cluster.transport.gpu_side import Deadlines, Turns
+from ernie_cluster.transport.nccl import open_nccl
+from tests.unit.transport.conformance import REFUSED_EPOCH, TIMEOUT_S, Connect, TransportLaws, header, seen, send
+from tests.unit.transport.gpu_ends import STAGING_BYTES, Ends, Plan, push, push_group, push_until_it_works
 
-STAGING_BYTES = 1 << 20
-PATIENT = Deadlines(TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S)
 SOON_S = 0.2
-
-Plan = dict[str, dict[int, str]]
-
-
-@dataclass
-class Ends:
-    """Two processes' sides, as if on two GPUs of one machine."""
-
-    stack: ExitStack
-    transport: str = "nccl"
-    deadlines: Deadlines = PATIENT
-    sender_plan: Plan = field(default_factory=dict)
-    receiver_plan: Plan = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.gave_up: list[str] = []
-        self.sink = RecordingSink()
-        self.mine = self._side("gpu-0", self.sender_plan)
-        self.theirs = self._side("gpu-1", self.receiver_plan)
-        regions = Regions()
-        fetchers = {"nccl": NcclFetcher, "ipc": lambda side, nbytes: IpcFetcher(side, nbytes, regions)}
-        receiver = GpuReceiver(self.sink, self.theirs, "127.0.0.1", fetchers, STAGING_BYTES)
-        self.receiver = self.stack.enter_context(closing(receiver))
-
-    def _side(self, gpu_id: str, plan: Plan) -> GpuSide:
-        return GpuSide(TwinGpu(gpu_id, Mishaps(plan)), self.gave_up.append, self.deadlines)
-
-    def connect(self, address: str | None = None) -> GpuChannel:
-        make = open_nccl if self.transport == "nccl" else open_ipc
-        return self.stack.enter_context(closing(make(address or self.receiver.address, "prefill-0", self.mine)))
 
 
 @pytest.fixture
@@ -80,21 +33,6 @@ class TestIpcLaws(TransportLaws):
     @pytest.fixture
     def connect(self, stack: ExitStack) -> Connect:
         return Ends(stack, "ipc").connect
-
-
-def push(channel: GpuChannel, piece: int, nbytes: int = 5000) -> Future[None]:
-    return send(channel, header(piece, nbytes), bytes([piece]) * nbytes)
-
-
-def push_until_it_works(channel: GpuChannel, piece: int) -> None:
-    """A busy machine may miss a short deadline; the way is then opened anew, and this goes on."""
-    for _ in range(50):
-        try:
-            push(channel, piece).result(TIMEOUT_S)
-        except TransferFailed:
-            continue
-        return
-    raise AssertionError("no way was opened again")
 
 
 SHORT = Deadlines(join_s=TIMEOUT_S, transfer_s=SOON_S, abort_s=TIMEOUT_S, stall_s=TIMEOUT_S)
@@ -119,12 +57,8 @@ def test_half_a_transfer_fails_in_its_time_and_a_new_way_works(
 ) -> None:
     """One side never arrives, or NCCL reports an error: call 0 of a kind is the first exchange, then come three pieces."""
     ends = Ends(stack, deadlines=SHORT, sender_plan=sender_plan, receiver_plan=receiver_plan)
-    gate = threading.Event()
     channel = ends.connect()
-    first = channel.push(header(0, 5000), lambda out: out.fill(gate.wait(TIMEOUT_S)))
-    pushes = [first, push(channel, 1), push(channel, 2)]
-    gate.set()  # so the three are one group
-    for future in pushes:
+    for future in push_group(channel, 3):
         with pytest.raises(TransferFailed, match=f"the way broke.*{reason}"):
             future.result(TIMEOUT_S)
     assert not ends.sink.pieces
