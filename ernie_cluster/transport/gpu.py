@@ -75,10 +75,6 @@ class Gpu(Protocol):
         """Mark the present end of a stream; None as in `on`."""
         ...
 
-    def wait(self, stream: Any, mark: Mark) -> None:
-        """Later work of `stream` stays behind `mark`."""
-        ...
-
     def share(self, nbytes: int) -> Region:
         """New memory for another process to open; give it back with `free`."""
         ...
@@ -116,10 +112,10 @@ def import_cupy() -> Any:
 
 class _CudaMark:
     def __init__(self, event: torch.cuda.Event) -> None:
-        self.event = event
+        self._event = event
 
     def is_done(self) -> bool:
-        return bool(self.event.query())
+        return bool(self._event.query())
 
 
 class CudaGpu:
@@ -163,10 +159,6 @@ class CudaGpu:
 
     def mark(self, stream: torch.cuda.Stream | None) -> Mark:
         return _CudaMark(self._or_default(stream).record_event())
-
-    def wait(self, stream: torch.cuda.Stream, mark: Mark) -> None:
-        assert isinstance(mark, _CudaMark)
-        stream.wait_event(mark.event)
 
     def share(self, nbytes: int) -> Region:
         self.bind()

@@ -25,7 +25,7 @@ from ernie_cluster.transport import wire
 from ernie_cluster.transport.arena import Arena
 from ernie_cluster.transport.base import Message, Pack, PieceHeader
 from ernie_cluster.transport.gpu import Mark
-from ernie_cluster.transport.gpu_side import GpuSide, Steps
+from ernie_cluster.transport.gpu_side import GpuSide, Steps, until
 from ernie_cluster.transport.handshake import Greeting
 from ernie_cluster.transport.link import Link
 from ernie_cluster.transport.outbox import Outbox, Push, pack_failed
@@ -52,7 +52,7 @@ class Batch:
     announcement: bytes
     """PIECE frames and the OFFER, for the control connection."""
     packed: Mark
-    """All of them are packed and sealed behind this."""
+    """All of them are packed and sealed before this."""
 
 
 class Carrier(Protocol):
@@ -65,8 +65,8 @@ class Carrier(Protocol):
         """Open the way with number `way`; TransferFailed when that cannot be done in time."""
         ...
 
-    def carry(self, link: Link, batch: Batch) -> Steps:
-        """Announce a batch and carry it; begun in the order of the batches. TransferFailed: the way is broken."""
+    def carry(self, batch: Batch) -> Steps:
+        """Carry a batch that is packed and announced. TransferFailed: the way is broken."""
         ...
 
     def granted(self, number: int) -> None:
@@ -74,7 +74,7 @@ class Carrier(Protocol):
         ...
 
     def abandon(self) -> Steps:
-        """The way is broken: until nothing can touch the staging memory any more; ReplicaLost when it never will."""
+        """The way is broken: until nothing of it touches the staging memory any more; ReplicaLost when that never ends."""
         ...
 
     def close(self) -> None:
@@ -161,6 +161,7 @@ class GpuChannel:
             except TransferFailed as e:
                 self._leave_way(e)
                 yield from self._carrier.abandon()
+                yield from self._end_packing()
                 self._arena = Arena(self._size)
 
     def _serve(self) -> Steps:
@@ -176,9 +177,23 @@ class GpuChannel:
                     waits += [] if step_s is None else [step_s]
             batch = self._next_batch() if len(under_way) < _MAX_UNDER_WAY else None
             if batch is not None:
-                under_way.append(self._carrier.carry(self._link, batch))
+                under_way.append(self._carry(batch))
             elif not self._send_call():
                 yield min(waits, default=None)
+
+    def _carry(self, batch: Batch) -> Steps:
+        # offered only when it is packed: the engine may still have to compute what is sent
+        yield from until(batch.packed, self._side.deadlines.stall_s, "packing a batch on the device")
+        self._link.send(batch.announcement)
+        yield from self._carrier.carry(batch)
+
+    def _end_packing(self) -> Steps:
+        try:
+            mark = self._side.gpu.mark(self._stream)
+            yield from until(mark, self._side.deadlines.abort_s, "packing a batch on the device")
+        except TransferFailed as e:
+            self._side.give_up(f"the GPU stands still: {e}")
+            raise ReplicaLost(f"this process's GPU stands still: {e}") from e
 
     def _next_batch(self) -> Batch | None:
         frames: list[tuple[int, int]] = []

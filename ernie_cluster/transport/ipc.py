@@ -15,12 +15,12 @@ import time
 
 import torch
 
-from ernie_cluster.errors import ReplicaLost, TransferFailed
+from ernie_cluster.errors import TransferFailed
 from ernie_cluster.transport import wire
 from ernie_cluster.transport.base import Message
-from ernie_cluster.transport.gpu import Mark, Region
+from ernie_cluster.transport.gpu import Region
 from ernie_cluster.transport.gpu_channel import Batch, GpuChannel
-from ernie_cluster.transport.gpu_side import GpuSide, Steps, until
+from ernie_cluster.transport.gpu_side import GpuSide, Steps
 from ernie_cluster.transport.handshake import connect
 from ernie_cluster.transport.link import Link
 from ernie_cluster.transport.wire import Kind
@@ -52,7 +52,6 @@ class IpcCarrier:
         except Exception as e:
             raise TransferFailed(f"the receiver's GPU memory cannot be opened by CUDA IPC: {e}") from e
         self.staging = self._region.data
-        self._packed: Mark | None = None
         self._is_open = False
 
     def open(self, link: Link, way: int) -> Steps:
@@ -64,22 +63,14 @@ class IpcCarrier:
                 raise TransferFailed(f"the receiver did not open its memory within {self._side.deadlines.join_s} s")
             yield left_s
 
-    def carry(self, link: Link, batch: Batch) -> Steps:
-        self._packed = batch.packed
-        yield from until(batch.packed, self._side.deadlines.transfer_s, "packing a batch on the device")
-        link.send(batch.announcement)
+    def carry(self, batch: Batch) -> Steps:
+        yield from ()  # packed where it belongs
 
     def granted(self, number: int) -> None:
         self._is_open = True
 
     def abandon(self) -> Steps:
-        if self._packed is None:
-            return
-        try:
-            yield from until(self._packed, self._side.deadlines.abort_s, "packing")
-        except TransferFailed as e:
-            self._side.give_up(f"the GPU stands still: {e}")
-            raise ReplicaLost(f"this process's GPU stands still: {e}") from e
+        yield from ()
 
     def close(self) -> None:
         self._side.gpu.close(self._region)

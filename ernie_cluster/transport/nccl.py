@@ -9,8 +9,6 @@ A sender begins to send when the receiver has begun to receive (GRANT), and a GP
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from ernie_cluster.errors import TransferFailed
@@ -83,20 +81,16 @@ class NcclCarrier(_OnePair):
         link.send(wire.encode(Kind.JOIN, wire.encode_json(join)))
         yield from self._join(uid, 0)
 
-    def carry(self, link: Link, batch: Batch) -> Steps:
-        link.send(batch.announcement)
-        return self._carry(batch)
-
     def granted(self, number: int) -> None:
         self._granted.add(number)
 
-    def _carry(self, batch: Batch) -> Iterator[float | None]:
+    def carry(self, batch: Batch) -> Steps:
         while batch.number not in self._granted:
             yield None  # the stall timeout of the pieces bounds this
         self._granted.discard(batch.number)
         parts = [self.staging[offset : offset + nbytes] for offset, nbytes in batch.frames]
         pair = self._open_pair()
-        exchange = pair.start(parts, after=batch.packed)
+        exchange = pair.start(parts)
         yield from pair.finish(exchange, self._side.deadlines.transfer_s, f"sending {len(parts)} pieces")
 
 

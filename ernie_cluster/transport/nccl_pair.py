@@ -38,8 +38,6 @@ class Exchange:
 
     parts: Sequence[torch.Tensor]
     """uint8, contiguous, on the device; sizes and order are equal at both ends."""
-    after: Mark | None
-    """The parts are ready behind this."""
     mark: Mark | None = None
     """Set when the group is in its stream."""
     error: Exception | None = None
@@ -64,9 +62,9 @@ class Pair:
         self._is_gone = threading.Event()
         threading.Thread(target=self._run, name=f"nccl-{rank}", daemon=True).start()
 
-    def start(self, parts: Sequence[torch.Tensor], after: Mark | None = None) -> Exchange:
-        """Queue a group; the first waits until the communicator is there."""
-        exchange = Exchange(parts, after)
+    def start(self, parts: Sequence[torch.Tensor]) -> Exchange:
+        """Queue a group; the first waits until the communicator is there. What is sent must be in place."""
+        exchange = Exchange(parts)
         self._exchanges.put(exchange)
         return exchange
 
@@ -164,8 +162,6 @@ class Pair:
 
     def _launch(self, comm: Any, exchange: Exchange, stream: Any) -> None:
         gpu, nccl = self._side.gpu, self._side.gpu.nccl
-        if exchange.after is not None:
-            gpu.wait(stream, exchange.after)
         move = comm.send if self._rank == 0 else comm.recv
         nccl.groupStart()
         try:

@@ -140,10 +140,6 @@ class TwinGpu:
             mark.event.set()
         return mark
 
-    def wait(self, stream: Stream, mark: Mark) -> None:
-        assert isinstance(mark, EventMark)
-        stream.put(lambda: None if mark.event.wait() else None)
-
     def share(self, nbytes: int) -> Region:
         fd, path = tempfile.mkstemp(prefix="ernie-twin-")
         os.close(fd)
