@@ -76,11 +76,7 @@ class Gpu(Protocol):
         ...
 
     def share(self, nbytes: int) -> Region:
-        """New memory for another process to open; give it back with `free`."""
-        ...
-
-    def free(self, region: Region) -> None:
-        """Give shared memory back, once nobody has it open."""
+        """New memory for another process to open; it goes with this process."""
         ...
 
     def open(self, handle: bytes, nbytes: int) -> Region:
@@ -164,10 +160,6 @@ class CudaGpu:
         self.bind()
         pointer = self._runtime.malloc(nbytes)  # torch's own allocator hands out parts, which have no handle
         return Region(self._at(pointer, nbytes), bytes(self._runtime.ipcGetMemHandle(pointer)))
-
-    def free(self, region: Region) -> None:
-        self.bind()
-        self._runtime.free(region.data.data_ptr())
 
     def open(self, handle: bytes, nbytes: int) -> Region:
         self.bind()

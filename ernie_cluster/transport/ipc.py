@@ -4,7 +4,7 @@ The receiver allocates the staging memory and tells its handle; a piece is offer
 waits for a peer on the device, so nothing spins when one dies, and both may share one GPU.
 
 Freeing memory that another process has open is undefined, and a killed sender does not say when it let go. So staging
-memory of senders that are gone is kept for the next ones; a late write of a dead sender's kernel breaks the seal, whose
+memory is never freed: that of senders that are gone is kept for the next ones. A late write of a dead sender's kernel breaks the seal, whose
 salt is another one for each connection.
 """
 
