@@ -27,7 +27,7 @@ class Mark(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Region:
-    """Memory of a GPU that another process can open, or has opened."""
+    """Memory of this GPU that another process can open."""
 
     data: torch.Tensor
     """uint8 [n]."""
@@ -79,11 +79,15 @@ class Gpu(Protocol):
         """New memory for another process to open; it goes with this process."""
         ...
 
-    def open(self, handle: bytes, nbytes: int) -> Region:
-        """Another process's memory; raises an exception of the binding's own when it cannot be seen from here."""
+    def open(self, handle: bytes, nbytes: int) -> int:
+        """Pointer to a region of another process; raises the binding's own error when it cannot be seen from here."""
         ...
 
-    def close(self, region: Region) -> None:
+    def copy(self, pointer: int, source: torch.Tensor, stream: Any) -> None:
+        """Write `source`, uint8 and contiguous, to memory that `open` has opened."""
+        ...
+
+    def close(self, pointer: int) -> None:
         """Give up what `open` returned."""
         ...
 
@@ -159,21 +163,28 @@ class CudaGpu:
     def share(self, nbytes: int) -> Region:
         self.bind()
         pointer = self._runtime.malloc(nbytes)  # torch's own allocator hands out parts, which have no handle
-        return Region(self._at(pointer, nbytes), bytes(self._runtime.ipcGetMemHandle(pointer)))
+        data = self._at(pointer, nbytes)
+        assert data.data_ptr() == pointer, "a view, not a copy"
+        return Region(data, bytes(self._runtime.ipcGetMemHandle(pointer)))
 
-    def open(self, handle: bytes, nbytes: int) -> Region:
+    def open(self, handle: bytes, nbytes: int) -> int:
         self.bind()
-        return Region(self._at(self._runtime.ipcOpenMemHandle(handle), nbytes), handle)
+        return int(self._runtime.ipcOpenMemHandle(handle))
 
-    def close(self, region: Region) -> None:
+    def copy(self, pointer: int, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        # not a tensor's copy: the memory is another GPU's, perhaps of one that this process does not see
+        kind = self._runtime.memcpyDefault
+        self._runtime.memcpyAsync(pointer, source.data_ptr(), source.numel(), kind, stream.cuda_stream)
+
+    def close(self, pointer: int) -> None:
         self.bind()
-        self._runtime.ipcCloseMemHandle(region.data.data_ptr())
+        self._runtime.ipcCloseMemHandle(pointer)
 
     def _or_default(self, stream: torch.cuda.Stream | None) -> torch.cuda.Stream:
         return torch.cuda.default_stream(self._device) if stream is None else stream
 
     def _at(self, pointer: int, nbytes: int) -> torch.Tensor:
-        """Memory that torch did not allocate, as a tensor that does not own it."""
+        """Memory of this device that torch did not allocate, as a tensor that does not own it."""
 
         class Raw:
             __cuda_array_interface__ = {  # noqa: RUF012  the protocol wants a plain dict

@@ -25,7 +25,7 @@ from ernie_cluster.transport import wire
 from ernie_cluster.transport.arena import Arena
 from ernie_cluster.transport.base import Message, Pack, PieceHeader
 from ernie_cluster.transport.gpu import Mark
-from ernie_cluster.transport.gpu_side import GpuSide, Steps, until
+from ernie_cluster.transport.gpu_side import GpuSide, Steps, run_through, until, until_still
 from ernie_cluster.transport.handshake import Greeting
 from ernie_cluster.transport.link import Link
 from ernie_cluster.transport.outbox import Outbox, Push, pack_failed
@@ -56,7 +56,7 @@ class Batch:
 
 
 class Carrier(Protocol):
-    """Moves batches out of the staging memory into the receiver's, to the same offsets. Steps run on one thread."""
+    """Moves batches out of its staging memory into the receiver's, to the same offsets. Steps run on one thread."""
 
     staging: torch.Tensor
     """uint8 [n], on a device."""
@@ -65,8 +65,8 @@ class Carrier(Protocol):
         """Open the way with number `way`; TransferFailed when that cannot be done in time."""
         ...
 
-    def carry(self, batch: Batch) -> Steps:
-        """Carry a batch that is packed and announced. TransferFailed: the way is broken."""
+    def carry(self, link: Link, batch: Batch) -> Steps:
+        """Announce and carry a batch that is packed. TransferFailed: the way is broken."""
         ...
 
     def granted(self, number: int) -> None:
@@ -161,7 +161,7 @@ class GpuChannel:
             except TransferFailed as e:
                 self._leave_way(e)
                 yield from self._carrier.abandon()
-                yield from self._end_packing()
+                yield from until_still(self._side, self._stream, "packing a batch")
                 self._arena = Arena(self._size)
 
     def _serve(self) -> Steps:
@@ -184,16 +184,7 @@ class GpuChannel:
     def _carry(self, batch: Batch) -> Steps:
         # offered only when it is packed: the engine may still have to compute what is sent
         yield from until(batch.packed, self._side.deadlines.stall_s, "packing a batch on the device")
-        self._link.send(batch.announcement)
-        yield from self._carrier.carry(batch)
-
-    def _end_packing(self) -> Steps:
-        try:
-            mark = self._side.gpu.mark(self._stream)
-            yield from until(mark, self._side.deadlines.abort_s, "packing a batch on the device")
-        except TransferFailed as e:
-            self._side.give_up(f"the GPU stands still: {e}")
-            raise ReplicaLost(f"this process's GPU stands still: {e}") from e
+        yield from self._carrier.carry(self._link, batch)
 
     def _next_batch(self) -> Batch | None:
         frames: list[tuple[int, int]] = []
@@ -285,6 +276,7 @@ class GpuChannel:
         if not self._opened.done():
             self._opened.set_exception(lost)
         self._progress.close()
+        run_through(until_still(self._side, self._stream, "packing a batch"))
         self._carrier.close()
 
 

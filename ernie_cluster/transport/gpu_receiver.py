@@ -32,6 +32,8 @@ from ernie_cluster.transport.wire import Kind
 
 _ACCEPT_PAUSE_S = 0.1
 """Wait before accepting again when the process has no descriptor left."""
+_MAX_STRANGERS = 64
+"""Connections in the middle of their handshake."""
 
 _log = logging.getLogger(__name__)
 
@@ -119,6 +121,11 @@ class GpuReceiver:
             except OSError:
                 self._is_closing.wait(_ACCEPT_PAUSE_S)
                 continue
+            with self._lock:
+                num_strangers = sum(connection.is_stranger for connection in self._connections)
+            if num_strangers >= _MAX_STRANGERS:
+                sock.close()
+                continue
             connection = _Connection(sock, self)
             with self._lock:
                 self._connections.add(connection)
@@ -142,6 +149,11 @@ class _Connection:
         self.link = Link(sock, f"gpu-from-{sock.fileno()}", self._on_frame, self._on_turn, self._on_end)
         self._progress = self._work()
         self.link.send(self._door.challenge())
+
+    @property
+    def is_stranger(self) -> bool:
+        """It has not proved itself yet."""
+        return self._peer is None
 
     # ---- frames
 

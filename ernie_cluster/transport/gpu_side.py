@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ernie_cluster.errors import TransferFailed
+from ernie_cluster.errors import ReplicaLost, TransferFailed
 from ernie_cluster.transport.base import STALL_TIMEOUT_S
 from ernie_cluster.transport.gpu import Gpu, Mark
 
@@ -96,3 +97,23 @@ def until(mark: Mark, timeout_s: float, what: str) -> Steps:
         if time.monotonic() >= deadline_s:
             raise TransferFailed(f"{what} took more than {timeout_s} s")
         yield POLL_S
+
+
+def until_still(side: GpuSide, stream: object, what: str) -> Steps:
+    """Until nothing that was put into a stream touches memory any more.
+
+    Raises:
+        ReplicaLost: it does not come to an end, and the process is given up.
+    """
+    try:
+        yield from until(side.gpu.mark(stream), side.deadlines.abort_s, what)
+    except TransferFailed as e:
+        side.give_up(f"the GPU stands still: {e}")
+        raise ReplicaLost(f"this process's GPU stands still: {e}") from e
+
+
+def run_through(steps: Steps) -> None:
+    """Take all steps in the calling thread, for the end of a connection; a ReplicaLost has been told already."""
+    with contextlib.suppress(ReplicaLost):
+        for wait_s in steps:
+            time.sleep(POLL_S if wait_s is None else wait_s)

@@ -1,7 +1,7 @@
-"""KV and embeddings between two GPUs of one host by CUDA IPC: the sender packs straight into the receiver's memory.
+"""KV and embeddings between two GPUs of one host by CUDA IPC: the sender writes into the receiver's staging memory.
 
-The receiver allocates the staging memory and tells its handle; a piece is offered when its bytes are there. Nothing
-waits for a peer on the device, so nothing spins when one dies, and both may share one GPU.
+The receiver allocates that memory and tells its handle; a piece is offered when its bytes are there. Nothing waits for
+a peer on the device, so nothing spins when one dies, and both may share one GPU.
 
 Freeing memory that another process has open is undefined, and a killed sender does not say when it let go. So staging
 memory is never freed: that of senders that are gone is kept for the next ones. A late write of a dead sender's kernel breaks the seal, whose
@@ -20,7 +20,7 @@ from ernie_cluster.transport import wire
 from ernie_cluster.transport.base import Message
 from ernie_cluster.transport.gpu import Region
 from ernie_cluster.transport.gpu_channel import Batch, GpuChannel
-from ernie_cluster.transport.gpu_side import GpuSide, Steps
+from ernie_cluster.transport.gpu_side import GpuSide, Steps, run_through, until, until_still
 from ernie_cluster.transport.handshake import connect
 from ernie_cluster.transport.link import Link
 from ernie_cluster.transport.wire import Kind
@@ -46,12 +46,14 @@ class IpcCarrier:
 
     def __init__(self, side: GpuSide, welcome: Message) -> None:
         self._side = side
+        side.gpu.bind()
         try:
             handle, nbytes = bytes.fromhex(str(welcome["handle"])), int(str(welcome["staging_bytes"]))
-            self._region = side.gpu.open(handle, nbytes)
+            self._there = side.gpu.open(handle, nbytes)
         except Exception as e:
             raise TransferFailed(f"the receiver's GPU memory cannot be opened by CUDA IPC: {e}") from e
-        self.staging = self._region.data
+        self.staging = side.gpu.allocate(nbytes)
+        self._stream = side.gpu.new_stream()
         self._is_open = False
 
     def open(self, link: Link, way: int) -> Steps:
@@ -63,17 +65,22 @@ class IpcCarrier:
                 raise TransferFailed(f"the receiver did not open its memory within {self._side.deadlines.join_s} s")
             yield left_s
 
-    def carry(self, batch: Batch) -> Steps:
-        yield from ()  # packed where it belongs
+    def carry(self, link: Link, batch: Batch) -> Steps:
+        gpu = self._side.gpu
+        for offset, nbytes in batch.frames:
+            gpu.copy(self._there + offset, self.staging[offset : offset + nbytes], self._stream)
+        yield from until(gpu.mark(self._stream), self._side.deadlines.transfer_s, "writing to the receiver's GPU")
+        link.send(batch.announcement)
 
     def granted(self, number: int) -> None:
         self._is_open = True
 
     def abandon(self) -> Steps:
-        yield from ()
+        yield from until_still(self._side, self._stream, "writing to the receiver's GPU")
 
     def close(self) -> None:
-        self._side.gpu.close(self._region)
+        run_through(self.abandon())
+        self._side.gpu.close(self._there)
 
 
 class Regions:

@@ -15,7 +15,7 @@ from ernie_cluster.errors import TransferFailed
 from ernie_cluster.transport import wire
 from ernie_cluster.transport.base import Message
 from ernie_cluster.transport.gpu_channel import Batch, GpuChannel
-from ernie_cluster.transport.gpu_side import GpuSide, Steps
+from ernie_cluster.transport.gpu_side import GpuSide, Steps, run_through
 from ernie_cluster.transport.handshake import connect
 from ernie_cluster.transport.link import Link
 from ernie_cluster.transport.nccl_pair import Pair, UniqueId, uid_from_json, uid_to_json
@@ -51,7 +51,7 @@ class _OnePair:
     def close(self) -> None:
         if self._pair is not None:
             self._pair.end()
-            self._pair.wait_gone()  # the staging memory goes with this object
+            run_through(self._pair.gone())  # the staging memory goes with this object
 
     def _join(self, uid: UniqueId, rank: int) -> Steps:
         assert self._pair is None
@@ -84,7 +84,8 @@ class NcclCarrier(_OnePair):
     def granted(self, number: int) -> None:
         self._granted.add(number)
 
-    def carry(self, batch: Batch) -> Steps:
+    def carry(self, link: Link, batch: Batch) -> Steps:
+        link.send(batch.announcement)
         while batch.number not in self._granted:
             yield None  # the stall timeout of the pieces bounds this
         self._granted.discard(batch.number)

@@ -44,7 +44,7 @@ class Exchange:
 
 
 class Pair:
-    """Rank 0 sends, rank 1 receives. All methods but `wait_gone` return at once.
+    """Rank 0 sends, rank 1 receives. All methods return at once.
 
     Args:
         side: of this process.
@@ -104,25 +104,16 @@ class Pair:
         """Until no kernel of this pair can touch memory any more.
 
         Raises:
-            ReplicaLost: the abort hangs; this process is being given up.
+            ReplicaLost: the abort hangs, and this process is given up.
         """
-        deadline_s = time.monotonic() + self._side.deadlines.abort_s
+        timeout_s = self._side.deadlines.abort_s
+        deadline_s = time.monotonic() + timeout_s
         while not self._is_gone.is_set():
             if time.monotonic() >= deadline_s:
-                raise self._stuck()
+                reason = f"aborting an NCCL communicator took more than {timeout_s} s; its kernel holds the GPU"
+                self._side.give_up(reason)
+                raise ReplicaLost(reason)
             yield POLL_S
-
-    def wait_gone(self) -> None:
-        """The same for who has no event loop; waits `abort_s` at most and gives the process up rather than raise."""
-        if not self._is_gone.wait(self._side.deadlines.abort_s):
-            self._stuck()
-
-    def _stuck(self) -> ReplicaLost:
-        reason = (
-            f"aborting an NCCL communicator took more than {self._side.deadlines.abort_s} s; its kernel holds the GPU"
-        )
-        self._side.give_up(reason)
-        return ReplicaLost(reason)
 
     def _asynchronous_error(self) -> Exception | None:
         with self._lock:  # an aborted communicator must not be asked

@@ -20,7 +20,8 @@ from ernie_cluster.transport.gpu_side import Deadlines, GpuSide
 from ernie_cluster.transport.nccl import open_nccl
 from tests.unit.transport.conformance import TIMEOUT_S, RecordingSink, seen
 from tests.unit.transport.gpu_ends import PATIENT, Plan, new_receiver, push, push_group
-from tests.unit.transport.gpu_twin import Mishaps, TwinGpu
+from tests.unit.transport.gpu_twin import TwinGpu
+from tests.unit.transport.nccl_twin import Mishaps
 
 DYING_PIECE = 66
 

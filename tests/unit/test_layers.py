@@ -85,13 +85,14 @@ FOREIGN: dict[str, set[str]] = {
     "cli": {"httpx", "openai", "torch", "safetensors", "tokenizers", "PIL", "numpy", "yaml"},
 }
 
-LAZY = {("inputs", "transformers"), ("cli", "actors")}
+LAZY = {("inputs", "transformers"), ("cli", "actors"), ("transport", "cupy")}
 """(layer, import) that may stand in a function only, because it is slow or heavy."""
 
 ONLY_IN: dict[tuple[str, str], set[str]] = {
     ("config", "yaml"): {"load.py", "convert.py", "keys_file.py"},
     ("grammar", "llguidance"): {"compile.py"},
     ("inputs", "av"): {"container.py"},
+    ("transport", "cupy"): {"gpu.py"},
 }
 """(layer, import) that may stand in these files only."""
 

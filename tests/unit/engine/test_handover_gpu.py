@@ -16,7 +16,8 @@ from tests.unit.engine.test_handover import Path
 from tests.unit.engine.test_laws import answers, requests
 from tests.unit.transport.conformance import TIMEOUT_S
 from tests.unit.transport.gpu_ends import PATIENT, new_receiver
-from tests.unit.transport.gpu_twin import Mishaps, TwinGpu
+from tests.unit.transport.gpu_twin import TwinGpu
+from tests.unit.transport.nccl_twin import Mishaps
 
 
 class GpuPath(Path):

@@ -15,7 +15,8 @@ from ernie_cluster.transport.gpu_side import Deadlines, GpuSide
 from ernie_cluster.transport.ipc import IpcFetcher, Regions, open_ipc
 from ernie_cluster.transport.nccl import NcclFetcher, open_nccl
 from tests.unit.transport.conformance import TIMEOUT_S, RecordingSink, header, send
-from tests.unit.transport.gpu_twin import Mishaps, TwinGpu
+from tests.unit.transport.gpu_twin import TwinGpu
+from tests.unit.transport.nccl_twin import Mishaps
 
 STAGING_BYTES = 1 << 20
 PATIENT = Deadlines(TIMEOUT_S, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from ernie_cluster.errors import ReplicaError, ReplicaLost, TransferFailed
+from ernie_cluster.transport.gpu import Region
 from ernie_cluster.transport.gpu_channel import Batch
 from ernie_cluster.transport.gpu_side import Deadlines, Steps, Turns
+from ernie_cluster.transport.link import Link
 from ernie_cluster.transport.nccl import open_nccl
 from tests.unit.transport.conformance import REFUSED_EPOCH, TIMEOUT_S, Connect, TransportLaws, header, seen, send
 from tests.unit.transport.gpu_ends import STAGING_BYTES, Ends, Plan, push, push_group, push_until_it_works
@@ -152,15 +154,28 @@ def test_an_ipc_piece_that_changes_after_it_was_sealed_is_found(stack: ExitStack
     channel = ends.connect()
     push(channel, 0).result(TIMEOUT_S)
     staging = channel._carrier.staging
-    wait = channel._carry
+    carry = channel._carrier.carry
 
-    def spoil(batch: Batch) -> Steps:
+    def spoil(link: Link, batch: Batch) -> Steps:
         staging[100] ^= 1
-        return wait(batch)
+        return carry(link, batch)
 
-    channel._carry = spoil  # type: ignore[method-assign]
+    channel._carrier.carry = spoil  # type: ignore[method-assign]
     with pytest.raises(TransferFailed, match="damaged on the way"):
         push(channel, 1).result(TIMEOUT_S)
+
+
+def test_a_write_that_does_not_end_gives_the_process_up(stack: ExitStack) -> None:
+    """Its memory must never be reused, and the peer's never unmapped under it."""
+    deadlines = Deadlines(join_s=TIMEOUT_S, transfer_s=SOON_S, abort_s=SOON_S, stall_s=TIMEOUT_S)
+    ends = Ends(stack, "ipc", deadlines=deadlines, sender_plan={"copy": {1: "hang"}})
+    channel = ends.connect()
+    push(channel, 0).result(TIMEOUT_S)
+    with pytest.raises(TransferFailed, match="writing to the receiver's GPU took more than"):
+        push(channel, 1).result(TIMEOUT_S)
+    with pytest.raises(ReplicaLost, match="stands still"):
+        push(channel, 2).result(TIMEOUT_S)
+    assert "the GPU stands still" in ends.gave_up[0]
 
 
 def test_memory_that_cannot_be_seen_is_another_transport_s_business(stack: ExitStack) -> None:
@@ -172,15 +187,22 @@ def test_memory_that_cannot_be_seen_is_another_transport_s_business(stack: ExitS
 
 def test_memory_of_senders_that_are_gone_is_used_again(stack: ExitStack) -> None:
     ends = Ends(stack, "ipc")
-    handles = set()
+    gpu = ends.theirs.gpu
+    share, regions = gpu.share, list[Region]()
+
+    def counted(nbytes: int) -> Region:
+        regions.append(share(nbytes))
+        return regions[-1]
+
+    gpu.share = counted  # type: ignore[method-assign]
     for piece in range(3):
         channel = ends.connect()
         push(channel, piece).result(TIMEOUT_S)
-        handles.add(channel._carrier._region.handle)  # type: ignore[attr-defined]
         channel.close()
         assert ends.sink.one_is_gone.wait(TIMEOUT_S)
         ends.sink.one_is_gone.clear()
-    assert len(handles) == 1
+    assert len(regions) == 1
+    assert not ends.mine.gpu.opened  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
