@@ -12,7 +12,7 @@ from ernie_cluster.errors import ConfigError
 from ernie_cluster.transport.base import Channel, Sink
 from ernie_cluster.transport.choose import GpuEndpoint, TransportKind
 from ernie_cluster.transport.gpu import CudaGpu
-from ernie_cluster.transport.gpu_receiver import GpuReceiver
+from ernie_cluster.transport.gpu_receiver import GpuReceiver, MakeFetcher
 from ernie_cluster.transport.gpu_side import GpuSide
 from ernie_cluster.transport.ipc import IpcFetcher, Regions, open_ipc
 from ernie_cluster.transport.nccl import NcclFetcher, open_nccl
@@ -45,7 +45,10 @@ class GpuWays:
             self.endpoint = GpuEndpoint(uuid, None, str(e))
             return
         regions = Regions()
-        ways = {"nccl": NcclFetcher, "ipc": lambda side, nbytes: IpcFetcher(side, nbytes, regions)}
+        ways: dict[str, MakeFetcher] = {
+            "nccl": NcclFetcher,
+            "ipc": lambda side, nbytes: IpcFetcher(side, nbytes, regions),
+        }
         self._receiver = GpuReceiver(sink, self._side, host, ways, config.staging_bytes)
         self.endpoint = GpuEndpoint(self._side.gpu.id, self._receiver.address)
 

@@ -115,7 +115,7 @@ class _CudaMark:
         self._event = event
 
     def is_done(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class CudaGpu:
@@ -149,7 +149,7 @@ class CudaGpu:
         return cast(Payload, data)
 
     def new_stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._or_default(stream))

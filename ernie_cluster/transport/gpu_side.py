@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -14,7 +14,7 @@ from ernie_cluster.errors import ReplicaLost, TransferFailed
 from ernie_cluster.transport.base import STALL_TIMEOUT_S
 from ernie_cluster.transport.gpu import Gpu, Mark
 
-Steps: TypeAlias = Iterator[float | None]
+Steps: TypeAlias = Generator[float | None, None, None]
 """Work in steps that never block: each yields the seconds until the next, or None to wait for an event."""
 
 POLL_S = 0.001
