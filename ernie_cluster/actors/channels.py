@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -14,20 +14,30 @@ from numpy.typing import NDArray
 
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.config.cluster import TransportConfig
-from ernie_cluster.errors import ReplicaLost
+from ernie_cluster.errors import ReplicaError, ReplicaLost
 from ernie_cluster.transport.base import Channel, Message, Pack, PieceHeader, Sink
-from ernie_cluster.transport.choose import Choice, Endpoint, choose
+from ernie_cluster.transport.choose import Choice, Endpoint, Wish, choices
 from ernie_cluster.transport.object_store import ObjectStoreChannel, ObjectStoreReceiver
 from ernie_cluster.transport.shared_memory import SharedMemoryChannel, SharedMemoryReceiver
 from ernie_cluster.transport.staging import host_id
+
+if TYPE_CHECKING:
+    import torch
+
+    from ernie_cluster.actors.gpu_ways import GpuWays
 
 log = logging.getLogger(__name__)
 
 
 class Receivers:
-    """Both ways into one replica: shared memory where the host has it, and the object store always."""
+    """The ways into one replica: its GPU if it has one, shared memory where the host has it, the object store always.
 
-    def __init__(self, sink: Sink, actor_name: str, config: TransportConfig) -> None:
+    Args:
+        gpu: closed with the others.
+    """
+
+    def __init__(self, sink: Sink, actor_name: str, config: TransportConfig, gpu: GpuWays | None = None) -> None:
+        self._gpu = gpu
         self.object_store = ObjectStoreReceiver(sink, actor_name)
         self._shared: SharedMemoryReceiver | None = None
         if config.kind != "object_store":
@@ -36,9 +46,11 @@ class Receivers:
             except OSError as e:  # not Linux, or no memory for it
                 log.warning("no shared memory here (%s); KV goes through the object store", e)
         address = self._shared.address if self._shared else None
-        self.endpoint = Endpoint(host_id(), address, actor_name)
+        self.endpoint = Endpoint(host_id(), address, actor_name, gpu.endpoint if gpu else None)
 
     def close(self) -> None:
+        if self._gpu is not None:
+            self._gpu.close()
         if self._shared is not None:
             self._shared.close()
         self.object_store.close()
@@ -71,11 +83,19 @@ class _Watched:
 
 
 class Channels:
-    """Owns the outgoing channels of one replica; safe to use from any thread."""
+    """Owns the outgoing channels of one replica; safe to use from any thread.
 
-    def __init__(self, me: Endpoint) -> None:
-        self._me = me
+    Args:
+        me: this replica.
+        wish: of the configuration.
+        gpu: this replica's, if it has one.
+    """
+
+    def __init__(self, me: Endpoint, wish: Wish = "auto", gpu: GpuWays | None = None) -> None:
+        self._me, self._wish, self._gpu = me, wish, gpu
         self._open: dict[Endpoint, _Watched] = {}
+        self._making: dict[Endpoint, threading.Lock] = {}
+        self._is_closed = False
         self._lock = threading.Lock()
 
     def to(self, peer: Endpoint) -> Channel:
@@ -86,13 +106,22 @@ class Channels:
             TransferFailed: it refuses.
         """
         with self._lock:
-            for lost in [p for p, channel in self._open.items() if channel.is_lost]:
-                self._open.pop(lost).close()
-            if peer not in self._open:
-                choice = choose(self._me, peer)
-                log.info("channel to %s: %s, because %s", peer.actor_name, choice.kind, choice.reason)
-                self._open[peer] = _Watched(self._make(choice, peer))
-            return self._open[peer]
+            lost = [p for p, channel in self._open.items() if channel.is_lost]
+            old = [self._open.pop(p) for p in lost]
+            making = self._making.setdefault(peer, threading.Lock())
+        for channel in old:
+            channel.close()
+        with making:  # one peer that is slow to answer keeps nobody from the others
+            known = self._open.get(peer)
+            if known is not None:
+                return known
+            made = _Watched(self._make_best(peer))
+            with self._lock:
+                if not self._is_closed:
+                    self._open[peer] = made
+                    return made
+        made.close()
+        raise ReplicaLost("this replica is closing")
 
     async def reach(self, peer: Endpoint) -> Channel:
         """`to`, on an event loop: at once when the channel is there, else connecting in a thread."""
@@ -101,14 +130,35 @@ class Channels:
 
     def close(self) -> None:
         with self._lock:
-            for channel in self._open.values():
-                channel.close()
+            self._is_closed = True
+            channels = list(self._open.values())
             self._open.clear()
+        for channel in channels:
+            channel.close()
+
+    def _make_best(self, peer: Endpoint) -> Channel:
+        """The first choice that can be opened; what is wrong between two GPUs need not keep bytes from the host's ways."""
+        for choice in choices(self._me, peer, self._wish):
+            try:
+                channel = self._make(choice, peer)
+            except ReplicaError as e:
+                if choice.kind not in ("ipc", "nccl"):
+                    raise
+                log.warning("no channel to %s by %s: %s", peer.actor_name, choice.kind, e)
+            else:
+                log.info("channel to %s: %s, because %s", peer.actor_name, choice.kind, choice.reason)
+                return channel
+        raise AssertionError("the object store is always a choice")
 
     def _make(self, choice: Choice, peer: Endpoint) -> Channel:
         if choice.kind == "shared_memory":
             assert peer.shm_address is not None
             return SharedMemoryChannel(peer.shm_address, peer.actor_name)
+        if choice.kind in ("ipc", "nccl"):
+            assert self._gpu is not None
+            assert peer.gpu is not None
+            assert peer.gpu.address is not None
+            return self._gpu.open(choice.kind, peer.gpu.address, self._me.actor_name)
         try:
             actor = ray.get_actor(peer.actor_name, NAMESPACE)
         except ValueError:
@@ -126,3 +176,12 @@ async def receive(receivers: Receivers, message: Message, refs: list[Any]) -> Me
     payload: NDArray[np.uint8] | None = await refs[0] if refs else None
     answer = await asyncio.to_thread(receivers.object_store.receive, message, payload)
     return await asyncio.wrap_future(answer)
+
+
+def open_gpu(sink: Sink, device: torch.device, config: TransportConfig) -> GpuWays | None:
+    """The way between GPUs of a rank whose model is on `device`; None on the CPU, or where it is not wanted."""
+    if device.type != "cuda" or config.kind in ("shared_memory", "object_store"):
+        return None
+    from ernie_cluster.actors.gpu_ways import GpuWays  # torch, which the conductor need not import
+
+    return GpuWays(sink, device, ray.util.get_node_ip_address(), config)

@@ -62,7 +62,7 @@ class Encoder:
     """What a prefill replica knows a piece of an embedding by."""
 
     def __init__(self, encoder: VisionEncoder, device: torch.device) -> None:
-        self._encoder, self._device = encoder, device
+        self._encoder, self.device = encoder, device
         self._cache = EmbeddingCache(EMBEDDING_CACHE_BYTES)
 
     @classmethod
@@ -89,7 +89,7 @@ class Encoder:
         if known is not None:
             return known, True
         assert media.patches is not None
-        patches = torch.tensor(media.patches, device=self._device)
+        patches = torch.tensor(media.patches, device=self.device)
         embeds: torch.Tensor = self._encoder(patches, [media.grid_thw]).cpu()
         rows: NDArray[np.uint8] = embeds.view(torch.uint8).numpy()
         self._cache.put(media.media_hash, rows)

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from ernie_cluster.actors import process
-from ernie_cluster.actors.channels import Channels, Receivers, receive
+from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import Batch, Load, Meeting, Outcome, RankArgs, Ready
@@ -53,8 +53,10 @@ class EngineRank:
 
         args, place = self._args, join_gang(self._args, self._store or meeting)
         self._worker = load_worker(args, place, self._publish)
-        self._receivers = Receivers(self._worker.inbox, args.actor_name, args.config.transport)
-        self._channels = Channels(self._receivers.endpoint)
+        transport = args.config.transport
+        gpu = open_gpu(self._worker.inbox, self._worker.engine.runner.device, transport)
+        self._receivers = Receivers(self._worker.inbox, args.actor_name, transport, gpu)
+        self._channels = Channels(self._receivers.endpoint, transport.kind, gpu)
         calls = (self.open_prefill, self.open_decode, self.abort, self.poll)
         self._server = DirectServer({call.__name__: call for call in calls})
         self._worker.warm_up()

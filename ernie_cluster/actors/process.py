@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,10 @@ if TYPE_CHECKING:
     import torch
 
 _SWITCH_S = 0.0005
+_GIVEN_UP = 70
+"""Exit status."""
+
+log = logging.getLogger(__name__)
 
 
 def share_interpreter() -> None:
@@ -40,3 +46,10 @@ def choose_device(wish: Device) -> torch.device:
     if wish == "cuda":
         raise ConfigError("device: cuda, but this replica sees no GPU; give its pool num_gpus or use device: cpu")
     return torch.device("cpu")
+
+
+def give_up(reason: str) -> None:
+    """End this process at once: a kernel holds its GPU for ever, so whoever watches it must start another."""
+    log.critical("this process gives up: %s", reason)
+    logging.shutdown()
+    os._exit(_GIVEN_UP)

@@ -19,12 +19,13 @@ import ray
 from numpy.typing import NDArray
 
 from ernie_cluster.actors import process
-from ernie_cluster.actors.channels import Channels, Receivers, receive
+from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
 from ernie_cluster.errors import Aborted, TransferFailed
 from ernie_cluster.request import MediaInput, Span
 from ernie_cluster.transport.base import Channel, Message, PieceHeader, Reply
+from ernie_cluster.transport.payload import fill
 
 
 class _NoSink:
@@ -54,8 +55,9 @@ class VisionRank:
         from ernie_cluster.actors.encoder import Encoder  # torch, which the conductor need not import
 
         self._encoder = Encoder.load(config, self._args.model, self._args.num_cpus)
-        self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport)
-        self._channels = Channels(self._receivers.endpoint)
+        gpu = open_gpu(_NoSink(), self._encoder.device, config.transport)
+        self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport, gpu)
+        self._channels = Channels(self._receivers.endpoint, config.transport.kind, gpu)
         self._server = DirectServer({"encode": self.encode, "embed": self.embed, "abort": self.abort})
         self._piece_bytes = config.transport.piece_bytes
         self._timeout_s = config.router.lease_timeout_s
@@ -164,7 +166,7 @@ class VisionRank:
                 part.nbytes,
                 (self._encoder.piece_kind, index, first, part.nbytes // rows.shape[1]),
             )
-            pushes.append(channel.push(header, lambda out, part=part: np.copyto(out, part)))  # type: ignore[misc]
+            pushes.append(channel.push(header, lambda out, part=part: fill(out, part)))  # type: ignore[misc]
             piece += 1
         await asyncio.gather(*map(asyncio.wrap_future, pushes))
         return piece

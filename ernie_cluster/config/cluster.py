@@ -200,12 +200,13 @@ class ModelDeployment:
 class TransportConfig:
     """How KV and embeddings travel between replicas."""
 
-    kind: Literal["auto", "local", "shared_memory", "object_store"] = "auto"
-    """auto: shared memory inside a node, the object store between nodes; local: one process, for tests."""
+    kind: Literal["auto", "local", "ipc", "nccl", "shared_memory", "object_store"] = "auto"
+    """auto: between GPUs CUDA IPC inside a node and NCCL between nodes, where cupy is installed; else shared memory
+    inside a node, and the object store, which always works. A named one is used where it can be. local: one process."""
     piece_bytes: int = 4 * MIB
     """Largest piece that is sent and checksummed at once, at least 1."""
     staging_bytes: int = 64 * MIB
-    """Buffer per replica for what is on its way, at least `piece_bytes`."""
+    """Buffer per pair of replicas for what is on its way, at least `piece_bytes`; between GPUs at both ends, on them."""
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "piece_bytes")

@@ -122,8 +122,11 @@ class KVSender(PrefillHooks):
         )
         transfer.next_piece += 1
         self.bytes_sent += piece.nbytes
+        written = torch.cuda.current_stream(source.device).record_event() if source.is_cuda else None
 
         def pack(out: object) -> None:
+            if written is not None:  # a GPU is still busy with the layer when it was launched
+                torch.cuda.current_stream(source.device).wait_event(written)
             target = torch.as_tensor(out).view(source.dtype).view(*source.shape[:2], len(blocks), *source.shape[3:])
             gather_blocks(source, blocks, target)
 
@@ -132,13 +135,16 @@ class KVSender(PrefillHooks):
 
 
 def gather_blocks(source: torch.Tensor, blocks: torch.Tensor, target: torch.Tensor) -> None:
-    """target[l, kv, i] = source[l, kv, blocks[i]]; [layers, 2, blocks, ...]. One copy, no allocation."""
-    torch.index_select(source, 2, blocks, out=target)
+    """target[l, kv, i] = source[l, kv, blocks[i]]; [layers, 2, blocks, ...]. One copy on one device, by way of another two."""
+    if source.device == target.device:
+        torch.index_select(source, 2, blocks.to(source.device), out=target)
+    else:
+        target.copy_(source.index_select(2, blocks.to(source.device)))
 
 
 def scatter_blocks(source: torch.Tensor, blocks: torch.Tensor, target: torch.Tensor) -> None:
     """target[l, kv, blocks[i]] = source[l, kv, i]; the reverse of `gather_blocks`."""
-    target.index_copy_(2, blocks, source)
+    target.index_copy_(2, blocks.to(target.device), source.to(target.device))
 
 
 def _error_of(answer: Future[Message]) -> Exception | None:

@@ -190,7 +190,7 @@ class Inbox:
         )
         if not is_inside:
             raise TransferFailed(f"request {header.request_id}: piece {header.detail} does not fit the lease")
-        source = torch.from_numpy(payload).view(data.dtype).view(num_layers, 2, count, *data.shape[3:])
+        source = torch.as_tensor(payload).view(data.dtype).view(num_layers, 2, count, *data.shape[3:])
         blocks = torch.tensor(lease.blocks[first : first + count])
         scatter_blocks(source, blocks, data[first_layer : first_layer + num_layers])
         lease.pieces.add(header.piece)
@@ -205,13 +205,13 @@ class Inbox:
         if sequence is None or sequence.epoch != header.epoch or not 0 <= index < len(sequence.request.media):
             raise TransferFailed(f"request {header.request_id}: no prompt waits for attempt {header.epoch}'s picture")
         total = sequence.request.media[index].num_tokens
-        dtype = self._engine.runner.kv.data.dtype
-        rows = torch.from_numpy(payload).view(dtype).view(-1, self._hidden_size)
+        data = self._engine.runner.kv.data
+        rows = torch.as_tensor(payload).view(data.dtype).view(-1, self._hidden_size)
         if len(rows) != num_rows or not 0 <= first_row < first_row + num_rows <= total:
             raise TransferFailed(f"request {header.request_id}: {num_rows} rows from {first_row} do not fit {total}")
         if index not in sequence.arriving:
             sequence.arriving[index] = (
-                torch.empty(total, self._hidden_size, dtype=dtype),
+                torch.empty(total, self._hidden_size, dtype=data.dtype, device=data.device),
                 torch.zeros(total, dtype=torch.bool),
             )
         embeds, has_come = sequence.arriving[index]

@@ -55,8 +55,9 @@ class Sink(Protocol):
     def accept(self, header: PieceHeader, payload: Payload) -> None:
         """Copy a verified payload to its place before returning.
 
-        Runs on the receiving side, once per piece that arrived whole. `payload` is read-only, uint8 [header.nbytes],
-        and the transport's: it is overwritten after the return. From the return on the lease's owner holds the bytes,
+        Runs on the receiving side, once per piece that arrived whole. `payload` is uint8 [header.nbytes], only to be
+        read, and the transport's: it is overwritten after the return. Between GPUs it is a tensor on the device (for
+        `torch.as_tensor` the two are alike), and the copy need only be in the current stream at the return. From the return on the lease's owner holds the bytes,
         and the sender may free its own.
 
         Raises:
@@ -94,10 +95,11 @@ class Channel(Protocol):
         """Send one piece.
 
         Runs on the sending side, once per piece, and returns at once. `pack` is called at most once, later, on the
-        channel's thread, with a writable uint8 [header.nbytes] that it must fill and not keep. The future resolves
-        when the receiver has verified and accepted the bytes. The caller keeps the source unchanged until then, and
-        frees it. A future that is cancelled before its turn is never packed. Pieces may be accepted in any order.
-        Callbacks of the future run on a transport thread; keep them short.
+        channel's thread, with a writable uint8 [header.nbytes] that it must fill and not keep: a tensor on the device
+        between GPUs, to be filled in the current stream. The future resolves when the receiver has verified and
+        accepted the bytes. The caller keeps the source unchanged until then, and frees it. A future that is cancelled
+        before its turn is never packed. Pieces may be accepted in any order. Callbacks of the future run on a transport
+        thread; keep them short.
 
         The future fails with:
             TransferFailed: too large, packing failed, checksum wrong, or refused by the sink.

@@ -1,11 +1,25 @@
-"""Which transport joins two replicas, and why. Pure."""
+"""Which transports can join two replicas, the best first, and why. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-TransportKind = Literal["shared_memory", "object_store"]
+TransportKind = Literal["ipc", "nccl", "shared_memory", "object_store"]
+Wish = Literal["auto", "local", "ipc", "nccl", "shared_memory", "object_store"]
+"""What the configuration asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuEndpoint:
+    """What a replica tells about the GPU that its model is on."""
+
+    gpu_id: str
+    """Another one for each GPU, the same in each process that sees it."""
+    address: str | None = field(default=None, repr=False)
+    """Address of its `GpuReceiver`; None where it has none. Holds a secret: keep it out of logs."""
+    fault: str = ""
+    """Why it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +32,8 @@ class Endpoint:
     """Address of its `SharedMemoryReceiver`; None where it has none. Holds a secret: keep it out of logs."""
     actor_name: str
     """Name by which object references can be handed to it."""
+    gpu: GpuEndpoint | None = None
+    """None where the model is on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +44,52 @@ class Choice:
     reason: str
 
 
-def choose(sender: Endpoint, receiver: Endpoint) -> Choice:
-    """Shared memory where both can, else the object store, which reaches every actor."""
-    if sender.host_id != receiver.host_id:
-        return Choice(
-            "object_store",
-            f"{sender.actor_name} and {receiver.actor_name} are on different hosts or in different namespaces",
-        )
-    if receiver.shm_address is None:
-        return Choice("object_store", f"{receiver.actor_name} is on the same host but offers no shared memory")
-    return Choice("shared_memory", f"{sender.actor_name} and {receiver.actor_name} are on the same host")
+def choices(sender: Endpoint, receiver: Endpoint, wish: Wish = "auto") -> tuple[Choice, ...]:
+    """Transports in the order in which to try them; the last is the object store, which reaches every actor.
+
+    Between GPUs CUDA IPC inside a host (one copy, and nothing spins when a peer dies), else NCCL; through host memory
+    shared memory inside a host. What was wished for comes first. A reason says why each better one cannot be.
+    """
+    obstacles = _obstacles(sender, receiver)
+    order: list[TransportKind] = ["ipc", "nccl", "shared_memory", "object_store"]
+    if wish not in ("auto", "local"):
+        order.sort(key=lambda kind: kind != wish)
+    where = (
+        "on the same host" if sender.host_id == receiver.host_id else "on different hosts or in different namespaces"
+    )
+    found: list[Choice] = []
+    passed_over: dict[str, list[str]] = {}  # obstacle -> transports that it bars
+    for kind in order:
+        obstacle = obstacles[kind]
+        if obstacle is not None:
+            passed_over.setdefault(obstacle, []).append(kind)
+            continue
+        why = "".join(f"; not {' or '.join(kinds)}: {obstacle}" for obstacle, kinds in passed_over.items())
+        found.append(Choice(kind, f"{sender.actor_name} and {receiver.actor_name} are {where}{why}"))
+        if kind == "object_store":
+            break
+    return tuple(found)
+
+
+def _obstacles(sender: Endpoint, receiver: Endpoint) -> dict[TransportKind, str | None]:
+    """Why each transport cannot join these two; None where it can."""
+    apart = None if sender.host_id == receiver.host_id else "they are on different hosts or in different namespaces"
+    no_gpu = next((fault for fault in map(_gpu_fault, (sender, receiver)) if fault is not None), None)
+    one_gpu = None
+    if sender.gpu is not None and receiver.gpu is not None and sender.gpu.gpu_id == receiver.gpu.gpu_id:
+        one_gpu = "they share one GPU, and NCCL takes no two ranks on one"
+    no_memory = None if receiver.shm_address is not None else f"{receiver.actor_name} offers no shared memory"
+    return {
+        "ipc": no_gpu or apart,
+        "nccl": no_gpu or one_gpu,
+        "shared_memory": apart or no_memory,
+        "object_store": None,
+    }
+
+
+def _gpu_fault(endpoint: Endpoint) -> str | None:
+    if endpoint.gpu is None:
+        return f"{endpoint.actor_name} has its model on the CPU"
+    if endpoint.gpu.address is None:
+        return f"{endpoint.actor_name} cannot reach other GPUs: {endpoint.gpu.fault}"
+    return None

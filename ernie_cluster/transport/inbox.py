@@ -25,10 +25,22 @@ def accept(sink: Sink, header: PieceHeader, digest: int, payload: Payload) -> st
     """
     found = checksum(payload)
     if len(payload) != header.nbytes or found != digest:
-        return (
-            f"piece {header.piece} of request {header.request_id} was damaged on the way: {len(payload)} of "
-            f"{header.nbytes} bytes, checksum {found:016x} instead of {digest:016x}; hand over again under a new epoch"
+        return damaged(
+            header, f"{len(payload)} of {header.nbytes} bytes, checksum {found:016x} instead of {digest:016x}"
         )
+    return give(sink, header, payload)
+
+
+def damaged(header: PieceHeader, how: str) -> str:
+    """Why a piece is refused that is not what was sent."""
+    return (
+        f"piece {header.piece} of request {header.request_id} was damaged on the way: {how}; "
+        "hand over again under a new epoch"
+    )
+
+
+def give(sink: Sink, header: PieceHeader, payload: Payload) -> str | None:
+    """Give a verified payload to the sink; the reason of its refusal, or None."""
     try:
         sink.accept(header, payload)
     except Exception as e:

@@ -66,6 +66,11 @@ class Link:
         self._thread.start()
 
     @property
+    def is_closing(self) -> bool:
+        """`close` was called."""
+        return self._is_closing
+
+    @property
     def backlog_bytes(self) -> int:
         """Bytes that wait for the peer to read."""
         return len(self._backlog)

@@ -7,7 +7,7 @@ known to that replica alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.errors import ConfigError
@@ -116,6 +116,34 @@ def copy_plan(src: Sequence[range], dst: Sequence[range]) -> list[HeadCopy]:
             plan.append(HeadCopy(src_rank, dst_rank, head, end - head, head - src[src_rank].start, head - wanted.start))
             head = end
     return plan
+
+
+def plan_rank_pieces(
+    layout: KVLayout,
+    copies: Sequence[HeadCopy],
+    first_layer: int,
+    num_layers: int,
+    blocks: tuple[int, int],
+    max_bytes: int,
+) -> list[tuple[HeadCopy, PiecePlan]]:
+    """`plan_pieces` between gangs whose ranks hold different heads: what one rank sends, and to whom.
+
+    Args:
+        layout: of the sending rank.
+        copies: those of `copy_plan` that begin at this rank.
+        first_layer, num_layers, blocks, max_bytes: as of `plan_pieces`.
+
+    Returns:
+        Pieces with the copy that each belongs to: it holds `num_heads` heads of each token, from `src_head` on in this
+        rank's cache and from `dst_head` on in the destination's.
+    """
+    return [
+        (copy, piece)
+        for copy in copies
+        for piece in plan_pieces(
+            replace(layout, num_kv_heads=copy.num_heads), first_layer, num_layers, blocks, max_bytes
+        )
+    ]
 
 
 def _spread(first: int, count: int, parts: int) -> list[tuple[int, int]]:

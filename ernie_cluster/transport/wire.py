@@ -8,6 +8,14 @@ CALL    u64 id | JSON
 ACK     u64 id                               piece accepted
 REPLY   u64 id | JSON                        answer to a call
 FAIL    u64 id | text, UTF-8                 piece or call refused
+
+Between GPUs a connection goes over the network, and pieces travel in batches beside it:
+
+CHALLENGE JSON {version, nonce}              receiver's first frame; HELLO and WELCOME then hold proofs, no token
+JOIN    JSON {way, ...}                      sender opens a way for bytes, the first or a new one
+OFFER   u64 batch                            the pieces announced since the last offer are ready
+GRANT   u64 batch                            receiver has begun to receive them
+BROKEN  JSON {way, reason}                   the way is of no use any more; from either side
 """
 
 from __future__ import annotations
@@ -22,7 +30,7 @@ import xxhash
 from ernie_cluster.errors import TransferFailed
 from ernie_cluster.transport.base import Message, Payload, PieceHeader
 
-VERSION = 1
+VERSION = 2
 """Both ends must speak the same; raise it with every change of the frames."""
 MAX_MESSAGE_BYTES = 1 << 20
 """Longest control message as JSON; bulk travels as pieces."""
@@ -41,6 +49,11 @@ class Kind(enum.IntEnum):
     ACK = 5
     REPLY = 6
     FAIL = 7
+    CHALLENGE = 8
+    JOIN = 9
+    OFFER = 10
+    GRANT = 11
+    BROKEN = 12
 
 
 def checksum(payload: Payload) -> int:

@@ -85,13 +85,14 @@ FOREIGN: dict[str, set[str]] = {
     "cli": {"httpx", "openai", "torch", "safetensors", "huggingface_hub", "tokenizers", "PIL", "numpy", "yaml"},
 }
 
-LAZY = {("inputs", "transformers"), ("cli", "actors"), ("cli", "huggingface_hub")}
+LAZY = {("inputs", "transformers"), ("cli", "actors"), ("cli", "huggingface_hub"), ("transport", "cupy")}
 """(layer, import) that may stand in a function only, because it is slow or heavy."""
 
 ONLY_IN: dict[tuple[str, str], set[str]] = {
     ("config", "yaml"): {"load.py", "convert.py", "keys_file.py"},
     ("grammar", "llguidance"): {"compile.py"},
     ("inputs", "av"): {"container.py"},
+    ("transport", "cupy"): {"gpu.py"},
 }
 """(layer, import) that may stand in these files only."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import pytest
 from ernie_cluster.actors.channels import Channels
 from ernie_cluster.errors import ReplicaLost, TransferFailed
 from ernie_cluster.transport.base import Channel, Message, Pack, PieceHeader
-from ernie_cluster.transport.choose import Choice, Endpoint
+from ernie_cluster.transport.choose import Choice, Endpoint, GpuEndpoint
 
 ME, PEER, OTHER = (Endpoint("host", f"shm:{name}:secret", name) for name in ("me", "peer", "other"))
 
@@ -40,8 +41,8 @@ class PlayedChannel:
 
 
 class PlayedChannels(Channels):
-    def __init__(self, error: Exception | None = None) -> None:
-        super().__init__(ME)
+    def __init__(self, error: Exception | None = None, me: Endpoint = ME) -> None:
+        super().__init__(me)
         self._error = error
         self.made: list[PlayedChannel] = []
         self.door = threading.Event()
@@ -78,3 +79,40 @@ def test_close_closes_all() -> None:
     channels.to(OTHER)
     channels.close()
     assert [c.is_closed for c in channels.made] == [True, True]
+
+
+GPU_ME = Endpoint("host", None, "me", GpuEndpoint("GPU-1", "gpu:h:1:t"))
+GPU_PEER = Endpoint("host", "shm:peer:secret", "peer", GpuEndpoint("GPU-2", "gpu:h:2:t"))
+
+
+@pytest.mark.parametrize("error", [TransferFailed("no peer access"), ReplicaLost("a port is closed")])
+def test_what_is_wrong_between_two_gpus_leaves_the_host_s_ways(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[str] = []
+
+    class Fallible(PlayedChannels):
+        def _make(self, choice: Choice, peer: Endpoint) -> Channel:
+            tried.append(choice.kind)
+            if choice.kind in ("ipc", "nccl"):
+                raise error
+            return super()._make(choice, peer)
+
+    channels = Fallible(me=GPU_ME)
+    with caplog.at_level(logging.INFO):
+        channels.to(GPU_PEER)
+    assert tried == ["ipc", "nccl", "shared_memory"]
+    assert f"no channel to peer by ipc: {error}" in caplog.text
+    assert "channel to peer: shared_memory, because me and peer are on the same host" in caplog.text
+
+
+def test_a_channel_that_is_made_while_all_are_closed_is_closed_too() -> None:
+    channels = PlayedChannels()
+    channels.door.clear()
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(channels.to, PEER)
+        channels.close()
+        channels.door.set()
+        with pytest.raises(ReplicaLost, match="closing"):
+            late.result(10)
+    assert [c.is_closed for c in channels.made] == [True]

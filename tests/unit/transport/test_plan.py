@@ -3,13 +3,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie_cluster.config.kv_layout import KVLayout, kv_heads_of_rank
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.handover import gather_blocks, scatter_blocks
 from ernie_cluster.errors import ConfigError
-from ernie_cluster.transport.plan import PiecePlan, copy_plan, layer_groups, plan_pieces
+from ernie_cluster.transport.plan import PiecePlan, copy_plan, layer_groups, plan_pieces, plan_rank_pieces
 
 LAYOUT = KVLayout(num_layers=28, num_kv_heads=4, head_dim=128, block_size=16, dtype_bytes=2)
 TEXT_MODEL = {
@@ -117,6 +119,65 @@ def test_equal_ranks_send_to_their_like() -> None:
     for tp in (1, 2, 4, 8):
         heads = [kv_heads_of_rank(4, tp, rank) for rank in range(tp)]
         assert [(copy.src_rank, copy.dst_rank) for copy in copy_plan(heads, heads)] == [(r, r) for r in range(tp)]
+
+
+@settings(max_examples=50)
+@given(
+    split=head_splits(),
+    first_layer=st.integers(0, 2),
+    num_layers=st.integers(1, 3),
+    num_blocks=st.integers(1, 4),
+    max_bytes=st.integers(1, 5000),
+    seed=st.integers(0, 2**32),
+)
+def test_every_layer_head_and_token_arrives_once_at_its_place(
+    split: tuple[list[range], list[range]],
+    first_layer: int,
+    num_layers: int,
+    num_blocks: int,
+    max_bytes: int,
+    seed: int,
+) -> None:
+    """Between gangs of any two sizes, through caches whose blocks lie elsewhere on each side."""
+    src_heads, dst_heads = split
+    num_heads = max(heads.stop for heads in src_heads)
+    block_size, head_dim, cache_blocks = 2, 3, 6
+    chance = torch.Generator().manual_seed(seed)
+    # the model's KV: every number another one, [layers, 2, blocks, block_size, heads, head_dim]
+    shape = (first_layer + num_layers, 2, num_blocks, block_size, num_heads, head_dim)
+    whole = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+
+    def cache(heads: range) -> torch.Tensor:
+        return torch.zeros(shape[0], 2, cache_blocks, block_size, len(heads), head_dim)
+
+    def table() -> torch.Tensor:
+        return torch.randperm(cache_blocks, generator=chance)[:num_blocks]
+
+    sources, destinations = [cache(heads) for heads in src_heads], [cache(heads) for heads in dst_heads]
+    arrivals = [torch.zeros_like(destination) for destination in destinations]
+    src_tables, dst_tables = [table() for _ in src_heads], [table() for _ in dst_heads]
+    for source, blocks, heads in zip(sources, src_tables, src_heads, strict=True):
+        source[:, :, blocks] = whole[..., heads.start : heads.stop, :]
+    plan = copy_plan(src_heads, dst_heads)
+    for rank, source in enumerate(sources):
+        layout = KVLayout(shape[0], len(src_heads[rank]), head_dim, block_size, 4)
+        mine = [copy for copy in plan if copy.src_rank == rank]
+        for copy, piece in plan_rank_pieces(layout, mine, first_layer, num_layers, (0, num_blocks), max_bytes):
+            layers = slice(piece.first_layer, piece.first_layer + piece.num_layers)
+            run = slice(piece.first_block, piece.first_block + piece.num_blocks)
+            part = source[layers, ..., copy.src_head : copy.src_head + copy.num_heads, :]
+            wire = torch.empty(piece.num_layers, 2, piece.num_blocks, block_size, copy.num_heads, head_dim)
+            assert wire.nbytes == piece.nbytes
+            gather_blocks(part, src_tables[rank][run], wire)
+            heads = slice(copy.dst_head, copy.dst_head + copy.num_heads)
+            blocks = dst_tables[copy.dst_rank][run]
+            scatter_blocks(wire, blocks, destinations[copy.dst_rank][layers, ..., heads, :])
+            arrivals[copy.dst_rank][layers, ..., heads, :].index_add_(2, blocks, torch.ones_like(wire))
+    for destination, arrival, blocks, heads in zip(destinations, arrivals, dst_tables, dst_heads, strict=True):
+        expected = torch.zeros_like(destination)
+        expected[first_layer:, :, blocks] = whole[first_layer:, ..., heads.start : heads.stop, :]
+        assert torch.equal(destination, expected)
+        assert torch.equal(arrival, (expected > 0).float())
 
 
 def test_a_head_that_nobody_holds_is_named() -> None:
