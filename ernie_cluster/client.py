@@ -19,6 +19,7 @@ import grpc
 
 from ernie_cluster.errors import (
     Aborted,
+    ConfigError,
     DeadlineExceeded,
     ErnieClusterError,
     InvalidRequest,
@@ -80,7 +81,11 @@ class Client:
         target: `host:port`.
         api_key: where the server asks for one.
         timeout_s: of each call, until its last message.
-        credentials: for TLS, as of `grpc.ssl_channel_credentials`; None speaks plain text.
+        ca_file: for TLS: PEM file of the CA that has signed the server's certificate, or of that certificate itself.
+        credentials: for TLS of any other kind, as of `grpc.ssl_channel_credentials`; with neither it is plain text.
+
+    Raises:
+        ConfigError: `ca_file` cannot be read, or `credentials` are given, too.
     """
 
     def __init__(
@@ -89,8 +94,11 @@ class Client:
         *,
         api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        ca_file: str | Path | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
+        if ca_file is not None:
+            credentials = _trusting(ca_file, credentials)
         options = [("grpc.max_receive_message_length", _UNLIMITED)]
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options)
@@ -158,6 +166,15 @@ class Client:
                 yield from call
         finally:
             call.cancel()
+
+
+def _trusting(ca_file: str | Path, other: grpc.ChannelCredentials | None) -> grpc.ChannelCredentials:
+    if other is not None:
+        raise ConfigError("give ca_file or credentials, not both")
+    try:
+        return grpc.ssl_channel_credentials(Path(ca_file).read_bytes())
+    except OSError as e:
+        raise ConfigError(f"ca_file {ca_file} cannot be read: {e.strerror}") from None
 
 
 def _prompt(model: str, prompt: str | Sequence[int], fields: dict[str, Any]) -> pb.GenerateRequest:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import codecs
+import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
@@ -54,6 +57,12 @@ def say(text: str, tokens_per_step: int = 1, finish_reason: FinishReason | None 
     return steps if finish_reason is None else [*steps, Step((), finish_reason)]
 
 
+def vector_of(digest: bytes) -> NDArray[np.float32]:
+    """Eight numbers of length 1, others for each digest."""
+    vector = np.random.default_rng(int.from_bytes(digest[:8], "big")).normal(size=8)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
 class FakeBackend:
     """A `Backend` that plays a script to every request.
 
@@ -89,7 +98,20 @@ class FakeBackend:
         """Ids of requests that were played to their last event, or to their error."""
         self.aborted: list[str] = []
         """Ids of requests that were closed before."""
+        self.embedded: list[tuple[str, MediaInput]] = []
+        """Model and picture of every call of `embed`."""
+        self.embed_script: list[asyncio.Event | Exception] = []
+        """What the next calls of `embed` wait for, or raise."""
         self.is_closed = False
+
+    async def embed(self, model: str, media: MediaInput, timeout_s: float) -> NDArray[np.float32]:
+        self.embedded.append((model, media))
+        if self.embed_script:
+            item = self.embed_script.pop(0)
+            if isinstance(item, Exception):
+                raise item
+            await item.wait()
+        return vector_of(media.media_hash)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenEvent]]:
         self.requests.append(request)
@@ -225,6 +247,14 @@ class FakeProcessor:
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < EOS else b"<eos>"
+
+    def picture(self, given: dict[str, Any], *, cache_salt: bytes = b"") -> MediaInput:
+        """The hash is that of the file and the regions; a file that says it is broken is refused."""
+        file = given.get("content", base64.b64decode(given["url"].partition(",")[2]))
+        if file == b"broken":
+            raise InvalidRequest("the image cannot be decoded", "image_url.url")
+        digest = hashlib.sha256(repr((file, tuple(given.get("regions", ())))).encode()).digest()
+        return MediaInput("image", digest, (1, 4, 6), 0, 6, None)
 
     def thumbnail(self, media: MediaInput) -> str:
         return f"data:image/jpeg;base64,{media.media_hash.hex()}"

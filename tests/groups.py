@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.parallel import ParallelDims, Shard
 from ernie_cluster.model.group import Alone, Group, Place
 
-_PATIENCE_S = 30.0
+_PATIENCE_S = 100.0
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class ThreadGroup:
         return self._after(total)
 
     def exchange(self, x: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
-        parts = [t.split(list(counts))[self.rank] for t, counts in self._all(x, to)]
+        parts = [torch.split(t, list(counts))[self.rank] for t, counts in self._all(x, to)]
         assert [len(part) for part in parts] == list(of), "counts of sender and receiver differ"
         return self._after(torch.cat(parts))
 
@@ -55,19 +55,26 @@ class ThreadGroup:
         return x
 
 
-def places(dims: ParallelDims) -> list[Place]:
-    """One per rank of a gang whose ranks are threads."""
+def together(work: Callable[[Place], T], dims: ParallelDims) -> list[T]:
+    """What `work` gives on each rank of a gang whose ranks are threads; raises the first error of any."""
     world = _Table(dims.world)
-    rows = [_Table(dims.tp) for _ in range(dims.dp)]
-    out = []
-    for rank in range(dims.world):
+    rows, columns = ([_Table(size) for _ in range(count)] for size, count in ((dims.tp, dims.dp), (dims.dp, dims.tp)))
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> T | None:
         where = dims.coordinates(rank)
         tp: Group = ThreadGroup(rows[where.dp_rank], where.tp_rank) if dims.tp > 1 else Alone()
-        out.append(Place(dims, rank, tp, ThreadGroup(world, rank) if dims.world > 1 else Alone()))
-    return out
+        dp: Group = ThreadGroup(columns[where.tp_rank], where.dp_rank) if dims.dp > 1 else Alone()
+        try:
+            return work(Place(Shard(dims, rank), tp, dp, ThreadGroup(world, rank) if dims.world > 1 else Alone()))
+        except BaseException as e:
+            errors.append(e)
+            for table in (world, *rows, *columns):
+                table.barrier.abort()
+            return None
 
-
-def together(work: Callable[[Place], T], dims: ParallelDims) -> list[T]:
-    """What `work` gives on each rank, run side by side."""
     with ThreadPoolExecutor(dims.world) as pool:
-        return [future.result(_PATIENCE_S) for future in [pool.submit(work, place) for place in places(dims)]]
+        out = list(pool.map(run, range(dims.world)))
+    if errors:
+        raise errors[0]
+    return out  # type: ignore[return-value]

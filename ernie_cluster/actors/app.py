@@ -62,7 +62,7 @@ def _pool(config: ClusterConfig, model: ModelDeployment, pool: PoolConfig, app_n
         num_replicas=pool.num_replicas,
         max_ongoing_requests=_MAX_CONCURRENT,
         ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=[bundle],
+        placement_group_bundles=[bundle] * pool.dims.world,
         placement_group_strategy="STRICT_PACK",
         health_check_period_s=1,
         health_check_timeout_s=5,

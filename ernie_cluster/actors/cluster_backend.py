@@ -17,15 +17,18 @@ from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ernie_cluster.actors import background
 from ernie_cluster.actors.links import Link, failure_of, router_line, translate
 from ernie_cluster.actors.merge import AttemptFailed, Failure, News, merge
 from ernie_cluster.actors.messages import EncodeTask, ReplicaInfo, Route
 from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
-from ernie_cluster.errors import Overloaded, ReplicaError, ReplicaLost
+from ernie_cluster.errors import DeadlineExceeded, Overloaded, ReplicaError, ReplicaLost
 from ernie_cluster.policy.snapshot import Demand
-from ernie_cluster.request import GenerationRequest, Span, TokenEvent
+from ernie_cluster.request import GenerationRequest, MediaInput, Span, TokenEvent
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +83,24 @@ class ClusterBackend:
                     raise
                 recover_until = time.monotonic() + _RECOVERY_S
             number += 1
+
+    async def embed(self, model: str, media: MediaInput, timeout_s: float) -> NDArray[np.float32]:
+        """See `Backend`."""
+        lost = set[str]()
+        deadline = time.monotonic() + timeout_s
+        number = 0
+        while True:
+            number += 1
+            key = f"embed-{uuid.uuid4().hex}#{number}"
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    return await self._embed(key, model, media, lost)
+            except TimeoutError:
+                raise DeadlineExceeded(f"no vector of a picture within {timeout_s:g} s") from None
+            except ReplicaError as e:
+                log.warning("%s failed: %s", key, e)
+                if number == self._config.router.max_attempts:
+                    raise
 
     async def status(self) -> list[ModelStatus]:
         """See `Backend`."""
@@ -139,15 +160,30 @@ class ClusterBackend:
                             to_abort = links[-1:] if events[-1].index == first else []
                         yield events
             except AttemptFailed as e:
-                self._blame(e.failure, route, lost)
+                self._blame(e.failure, route.replicas, lost)
                 raise e.failure.error from None
         finally:
             for link in links:
                 link.unsubscribe(key)
             self._in_background(self._end(key, to_abort))
 
+    async def _embed(self, key: str, model: str, media: MediaInput, lost: set[str]) -> NDArray[np.float32]:
+        links: list[Link] = []
+        try:
+            info: ReplicaInfo = await self._booked("acquire_encoder", key, model, media.num_tokens, lost=lost)
+            links.append(self._link(info))
+            try:
+                vector: NDArray[np.float32] = await links[0].call("embed", key, media)
+            except Exception as e:
+                failure = failure_of(e, info.replica_id)
+                self._blame(failure, [info], lost)
+                raise failure.error from None
+            return vector
+        finally:
+            self._in_background(self._end(key, links))
+
     async def _acquire(self, request: GenerationRequest, lost: set[str]) -> Route:
-        """Ask the router for a path; one that has died is started again and asked again."""
+        """Ask the router for a path."""
         num_done = len(request.output_token_ids)
         demand = Demand(
             model=request.model,
@@ -156,14 +192,18 @@ class ClusterBackend:
             num_media=len(request.media),
             media_tokens=sum(m.num_tokens for m in request.media),
         )
+        route: Route = await self._booked("acquire", request.request_id, demand, lost=lost)
+        return route
+
+    async def _booked(self, method: str, key: str, *demand: Any, lost: set[str]) -> Any:
+        """Let the router book something; one that has died is started again and asked again."""
         deadline = time.monotonic() + _CALL_TIMEOUT_S
         while True:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    route: Route = await self._router.call(
-                        "acquire", request.request_id, demand, sorted(lost), self._config.router.lease_timeout_s
+                    return await self._router.call(
+                        method, key, *demand, sorted(lost), self._config.router.lease_timeout_s
                     )
-                return route
             except Exception as e:
                 error = translate(e, "the router")
                 if not isinstance(error, ReplicaLost) or time.monotonic() + _ROUTER_PAUSE_S > deadline:
@@ -205,9 +245,9 @@ class ClusterBackend:
             if report is not None:
                 queue.put_nowait(report)
 
-    def _blame(self, failure: Failure, route: Route, lost: set[str]) -> None:
+    def _blame(self, failure: Failure, replicas: Sequence[ReplicaInfo], lost: set[str]) -> None:
         """Note the replica that this request had better not meet again."""
-        culprit = failure.culprit([info.replica_id for info in route.replicas])
+        culprit = failure.culprit([info.replica_id for info in replicas])
         if culprit is not None:
             lost.add(culprit)
             self._in_background(self._tell_lost(culprit))

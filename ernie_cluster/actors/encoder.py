@@ -8,19 +8,20 @@ from collections import OrderedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from ernie_cluster.actors import process
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.handover import EMBED_PIECE
+from ernie_cluster.errors import EngineFailed
 from ernie_cluster.model.build import build_vision, torch_dtype
 from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.vision import VisionEncoder
 from ernie_cluster.model.weights import load_vision
 from ernie_cluster.observe.progress import ByteProgress
+from ernie_cluster.policy.sizing.memory import EMBEDDING_CACHE_BYTES
 from ernie_cluster.request import MediaInput
-
-_CACHE_BYTES = 256 << 20
 
 
 class EmbeddingCache:
@@ -62,7 +63,7 @@ class Encoder:
 
     def __init__(self, encoder: VisionEncoder, device: torch.device) -> None:
         self._encoder, self._device = encoder, device
-        self._cache = EmbeddingCache(_CACHE_BYTES)
+        self._cache = EmbeddingCache(EMBEDDING_CACHE_BYTES)
 
     @classmethod
     def load(cls, config: ClusterConfig, model: str, num_cpus: float) -> Encoder:
@@ -93,3 +94,17 @@ class Encoder:
         rows: NDArray[np.uint8] = embeds.view(torch.uint8).numpy()
         self._cache.put(media.media_hash, rows)
         return rows, False
+
+    @torch.inference_mode()
+    def pooled(self, media: MediaInput) -> NDArray[np.float32]:
+        """One vector for a picture: the mean of its embeddings, float32 [width], of length 1.
+
+        Raises:
+            EngineFailed: it has no direction; the weights are broken.
+        """
+        rows, _ = self.embed(media)
+        embeds = torch.from_numpy(rows).view(self._encoder.dtype)
+        vector: NDArray[np.float32] = functional.normalize(embeds.float().mean(0), dim=0).numpy()
+        if not abs(float(np.linalg.norm(vector)) - 1) < 1e-3:
+            raise EngineFailed("the vision encoder makes no numbers of a picture; check the checkpoint")
+        return vector

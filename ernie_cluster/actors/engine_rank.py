@@ -18,42 +18,48 @@ from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.events import EventHub
-from ernie_cluster.actors.messages import Batch, Load, Outcome, Ready
-from ernie_cluster.config.cluster import ClusterConfig, Role
+from ernie_cluster.actors.messages import Batch, Load, Meeting, Outcome, RankArgs, Ready
 from ernie_cluster.request import GenerationRequest
 from ernie_cluster.transport.base import Message
 from ernie_cluster.transport.choose import Endpoint
 
 _SWEEP_S = 1.0
+_MEETING_TIMEOUT_S = 300.0
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class EngineRank:
-    """Rank 0 of a gang.
+    """The first rank of a tensor-parallel group, which leads it; the only one where there are no others."""
 
-    Args:
-        config: of the whole application.
-        model: served name.
-        role: decides which weights are loaded.
-        actor_name: this actor's own name.
-        num_cpus: cores that it may use.
-    """
-
-    def __init__(self, config: ClusterConfig, model: str, role: Role, actor_name: str, num_cpus: float) -> None:
-        start = time.perf_counter()
+    def __init__(self, args: RankArgs) -> None:
         process.share_interpreter()
-        from ernie_cluster.actors.load_worker import load_worker  # torch, which the conductor need not import
-
+        self._args = args
         self._hub: EventHub | None = None
-        self._worker = load_worker(config, model, role, num_cpus, self._publish)
-        self._receivers = Receivers(self._worker.inbox, actor_name, config.transport)
+        self._upkeep: asyncio.Task[None] | None = None
+        self._store: Any = None
+
+    async def meet(self) -> Meeting:
+        """Where the ranks of the gang find each other; asked of its rank 0."""
+        from ernie_cluster.model.group import open_store  # torch, which the conductor need not import
+
+        host = ray.util.get_node_ip_address()
+        self._store = open_store(host, _MEETING_TIMEOUT_S)
+        return host, self._store.port
+
+    async def load(self, meeting: Meeting | None) -> None:
+        """Join the gang if there is one, load, and begin to work; raises as `load_runner` does."""
+        start = time.perf_counter()
+        from ernie_cluster.actors.load_worker import join_gang, load_worker
+
+        args, place = self._args, join_gang(self._args, self._store or meeting)
+        self._worker = load_worker(args, place, self._publish)
+        self._receivers = Receivers(self._worker.inbox, args.actor_name, args.config.transport)
         self._channels = Channels(self._receivers.endpoint)
         calls = (self.open_prefill, self.open_decode, self.abort, self.poll)
         self._server = DirectServer({call.__name__: call for call in calls})
         self._worker.warm_up()
         self._worker.start()
         self._load_s = time.perf_counter() - start
-        self._upkeep: asyncio.Task[None] | None = None
 
     async def ready(self) -> Ready:
         """Answers once the weights are loaded."""

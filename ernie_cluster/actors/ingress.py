@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from fastapi import FastAPI
@@ -18,13 +18,21 @@ from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.grpc_server import GrpcServer
 from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
+from ernie_cluster.api.image_search import ImageSearcher
 from ernie_cluster.api.keys import KeyRing
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.playground.routes import PATHS, add_playground
-from ernie_cluster.config.cluster import ApiConfig, ClusterConfig
+from ernie_cluster.api.service import Service
+from ernie_cluster.api.tls import Certificate
+from ernie_cluster.config.cluster import ApiConfig, ClusterConfig, ModelDeployment
+from ernie_cluster.config.kv_layout import KVLayout
+from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.errors import ConfigError
 from ernie_cluster.inputs.chat import ChatProcessor
 from ernie_cluster.inputs.clip import VideoLimits
 from ernie_cluster.inputs.fetch import FetchRules
+from ernie_cluster.inputs.image_folder import ImageFolder
+from ernie_cluster.inputs.image_index import ImageIndex, Maker
 from ernie_cluster.inputs.images import ImageLimits
 from ernie_cluster.inputs.media_cache import MediaCache, cached
 from ernie_cluster.inputs.messages import MapMedia, PromptLimits
@@ -43,8 +51,6 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
         metrics = PrometheusMetrics()
         guard = make_guard(config.api, metrics)
         fetcher = Fetcher(fetch_rules(config.api))
-        grpc_port = config.api.grpc_port
-        grpc = None if grpc_port is None else partial(GrpcServer, guard=guard, host=config.api.host, port=grpc_port)
         api = create_app(
             ClusterBackend(app, config),
             processors,
@@ -53,12 +59,21 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
             guard,
             fetcher,
             config.api.builtin_tools,
-            beside=grpc,
+            make_searcher(config, processors),
+            beside=make_grpc(config.api, guard),
         )
         face_browsers(api, config.api)
         return api
 
     return build
+
+
+def make_grpc(api: ApiConfig, guard: Guard) -> Callable[[Service], GrpcServer] | None:
+    """The other face of a service, where there is to be one; raises ConfigError when its certificate cannot be used."""
+    if api.grpc_port is None:
+        return None
+    credentials = None if api.grpc_tls is None else Certificate(api.grpc_tls).credentials()
+    return partial(GrpcServer, guard=guard, host=api.host, port=api.grpc_port, credentials=credentials)
 
 
 def face_browsers(app: FastAPI, api: ApiConfig) -> None:
@@ -120,7 +135,36 @@ def make_processor(config: ClusterConfig, model: str, map_media: MapMedia = map)
         min_pixels=deployment.image_min_pixels or processor.pixels.min_pixels,
         max_pixels=deployment.image_max_pixels or processor.pixels.max_pixels,
     )
-    return dataclasses.replace(processor, pixels=pixels)
+    max_model_len = min(processor.max_model_len, _longest_sequence(deployment, processor.config))
+    return dataclasses.replace(processor, pixels=pixels, max_model_len=max_model_len)
+
+
+def _longest_sequence(deployment: ModelDeployment, shape: ModelConfig) -> int:
+    """Tokens that the KV cache of a replica holds, where the model could go further."""
+    engine, dtype = deployment.engine, deployment.engine.dtype_of(shape.dtype)
+    tps = (pool.tp for pool in deployment.pools if pool.role in ("decode", "mixed"))
+    layouts = (KVLayout.from_model(shape, engine.block_size, dtype, tp) for tp in tps)
+    return max(layout.num_tokens(engine.kv_cache_bytes) for layout in layouts)
+
+
+def make_searcher(config: ClusterConfig, processors: Mapping[str, ChatProcessor]) -> ImageSearcher | None:
+    """What the tool `image_search` searches; None where the operator names nothing.
+
+    Raises:
+        ConfigError: the index cannot be read or was made with another model, or the folder is not there.
+    """
+    search, model = config.api.image_search, config.search_model
+    if search is None or model is None:
+        return None
+    processor = processors[model.name]
+    try:
+        index = ImageIndex.load(search.index, Maker.of(model.path, processor.pixels))
+    except ConfigError as e:
+        raise ConfigError(f"api.image_search.index: {e}") from None
+    if not os.path.isdir(search.folder):
+        raise ConfigError(f"api.image_search.folder: {search.folder} is no folder on this machine")
+    folder = ImageFolder(search.folder, config.api.max_image_bytes)
+    return ImageSearcher(index, folder, processor, search.max_results, search.max_pixels)
 
 
 def prompt_limits(api: ApiConfig, *, can_see: bool) -> PromptLimits:

@@ -19,30 +19,45 @@ from ernie_cluster.actors.app import APP_NAME, build_app
 from ernie_cluster.actors.environment import local_cluster
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.actors.router import find_router, router_name
+from ernie_cluster.api.tls import Certificate
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import ConfigError, ReplicaError
+from ernie_cluster.policy.sizing.check import check_fit
+from ernie_cluster.policy.sizing.gpus import of_ray_types
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
 
+_GPU_TYPE = "accelerator_type:"
 _POLL_S = 0.2
 _ROUTE_TIMEOUT_S = 5.0
 
 
 def check(config: ClusterConfig) -> None:
     """What can be known before anything starts; raises ConfigError or CheckpointError."""
+    if config.api.grpc_tls is not None:
+        Certificate(config.api.grpc_tls)
     for model in config.models:
         shape = ModelConfig.from_folder(model.path)
         model.check_media(is_multimodal=shape.is_multimodal)
         for pool in model.pools:
             pool.dims.check(shape)
-            if pool.dims.world > 1:
+            if pool.tp > 1 and (pool.num_gpus or model.engine.device == "cuda"):
                 raise ConfigError(
-                    f"model {model.name!r}, pool {pool.role}: tp * dp = {pool.tp} * {pool.dp} = {pool.dims.world}; "
-                    "this version runs one rank per replica, so set both to 1"
+                    f"model {model.name!r}, pool {pool.role}: tp = {pool.tp} on GPUs; in this version the ranks of a "
+                    "tensor-parallel group must share their KV cache, which they can on CPU only: set tp to 1"
                 )
+
+
+def check_machines(config: ClusterConfig) -> None:
+    """Hold the pools against the machines of the Ray cluster that was joined; raises ConfigError for what cannot fit."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    types = {key.removeprefix(_GPU_TYPE) for resources in machines for key in resources if key.startswith(_GPU_TYPE)}
+    memory = sum(resources.get("memory", 0) for resources in machines)
+    shapes = {model.name: ModelConfig.from_folder(model.path) for model in config.models}
+    check_fit(config, shapes, of_ray_types(types), int(memory) or None)
 
 
 def start_ray(config: ClusterConfig, address: str | None, report: Report) -> None:
@@ -83,8 +98,9 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
 
     Raises:
         ReplicaError: a replica cannot start; the message says why.
-        ConfigError: not ready within `timeout_s`.
+        ConfigError: the pools cannot fit on these machines, or are not ready within `timeout_s`.
     """
+    check_machines(config)
     deadline = time.monotonic() + timeout_s
     if config.api.is_open_to_strangers:
         report(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from ernie_cluster.actors import process
-from ernie_cluster.actors.messages import Outcome
-from ernie_cluster.config.cluster import ClusterConfig, Role
+from ernie_cluster.actors.messages import Outcome, RankArgs
+from ernie_cluster.config.cluster import EngineConfig
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.runner import Runner
@@ -15,47 +16,63 @@ from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.grammar.compile import Compiler, Vocabulary
 from ernie_cluster.inputs.tokenizer import Tokenizer, end_token_ids
+from ernie_cluster.model.group import ALONE, Place, join
 from ernie_cluster.observe.progress import ByteProgress
 
+_COLLECTIVE_TIMEOUT_S = 120.0
+"""A rank that lets its peers wait for longer is taken for dead; a first step may compile for many seconds."""
 
-def load_worker(
-    config: ClusterConfig, model: str, role: Role, num_cpus: float, emit: Callable[[list[Outcome]], None]
-) -> Worker:
-    """Weights and KV cache in place, nothing running yet.
+
+def join_gang(args: RankArgs, meeting: Any) -> Place:
+    """This rank's place, once all ranks of its gang are there; ALONE without a meeting.
 
     Args:
-        config, model, role, num_cpus: as of the rank, see `EngineRank`.
-        emit: takes the outcomes.
+        meeting: what `open_store` made, on rank 0; where it is, on the others.
+    """
+    if meeting is None:
+        return ALONE
+    return join(meeting, args.shard, process.choose_device(_settings(args).device), _COLLECTIVE_TIMEOUT_S)
+
+
+def load_runner(args: RankArgs, place: Place) -> Runner:
+    """Weights and KV cache of a rank in place.
 
     Raises:
         ConfigError: the KV cache holds no two blocks, or a GPU is wanted and there is none.
         CheckpointError: the checkpoint cannot be used.
+        GangBroken: another rank is gone.
     """
-    deployment = config.model(model)
-    settings = deployment.engine
-    process.set_threads(settings.threads(num_cpus))
-    device = process.choose_device(settings.device)
-    shape = ModelConfig.from_folder(deployment.path)
+    settings, folder = _settings(args), args.config.model(args.model).path
+    process.set_threads(settings.threads(args.num_cpus))
+    shape = ModelConfig.from_folder(folder)
     dtype = settings.dtype_of(shape.dtype)
-    layout = KVLayout.from_model(shape, settings.block_size, dtype)
+    layout = KVLayout.from_model(shape, settings.block_size, dtype, args.shard.dims.tp)
     num_blocks = settings.kv_cache_bytes // layout.block_bytes
     if num_blocks < 2:
         raise ConfigError(
             f"kv_cache_bytes = {settings.kv_cache_bytes} holds {num_blocks} blocks of {layout.block_bytes} bytes; "
             f"give at least {2 * layout.block_bytes}"
         )
-    runner = Runner.load(
-        deployment.path,
+    number = f" {args.shard.rank}" if args.shard.dims.world > 1 else ""
+    return Runner.load(
+        folder,
         shape,
-        role,
+        args.role,
         dtype=dtype,
-        device=device,
+        device=process.choose_device(settings.device),
         num_blocks=num_blocks,
         block_size=settings.block_size,
-        progress=ByteProgress(f"{model}, {role}: weights", sys.stderr),
+        place=place,
+        progress=ByteProgress(f"{args.model}, {args.role}{number}: weights", sys.stderr),
     )
+
+
+def load_worker(args: RankArgs, place: Place, emit: Callable[[list[Outcome]], None]) -> Worker:
+    """The worker of a leading rank, nothing running yet; `emit` takes the outcomes. Raises as `load_runner` does."""
+    config, settings, folder = args.config, _settings(args), args.config.model(args.model).path
+    shape = ModelConfig.from_folder(folder)
     return Worker(
-        runner,
+        load_runner(args, place),
         shape,
         WorkerSettings(
             block_size=settings.block_size,
@@ -65,11 +82,15 @@ def load_worker(
             reserve_output_tokens=config.router.reserve_output_tokens,
             lease_timeout_s=config.router.lease_timeout_s,
             piece_bytes=config.transport.piece_bytes,
-            can_encode=role != "decode",
+            can_encode=args.role != "decode",
         ),
         emit,
-        lambda: Compiler(load_vocabulary(deployment.path, shape.text.vocab_size)),
+        lambda: Compiler(load_vocabulary(folder, shape.text.vocab_size)),
     )
+
+
+def _settings(args: RankArgs) -> EngineConfig:
+    return args.config.model(args.model).engine
 
 
 def load_vocabulary(folder: str, size: int) -> Vocabulary:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ernie_cluster.actors.direct import Address
-from ernie_cluster.config.cluster import Role
+from ernie_cluster.config.cluster import ClusterConfig, Role
+from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.policy.routing import Path
 from ernie_cluster.request import MediaInput, RequestFailed, Span, TokenEvent
 from ernie_cluster.transport.choose import Endpoint
@@ -31,6 +32,28 @@ class ReplicaInfo:
     address: Address
     """Of its rank 0, for direct calls."""
     endpoint: Endpoint
+
+
+Meeting = tuple[str, int]
+"""Host and port where the ranks of a gang find each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankArgs:
+    """What a rank is made of."""
+
+    config: ClusterConfig
+    """Of the whole application."""
+    model: str
+    """Served name."""
+    role: Role
+    """Decides which weights are loaded."""
+    actor_name: str
+    """The rank's own, in `NAMESPACE`."""
+    num_cpus: float
+    """Cores that it may use."""
+    shard: Shard = WHOLE
+    """Its share of the model."""
 
 
 @dataclass(frozen=True, slots=True)

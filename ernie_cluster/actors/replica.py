@@ -10,16 +10,13 @@ import asyncio
 import logging
 import os
 import uuid
-from typing import Any
 
-import ray
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.util.placement_group import get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayActorError, RayTaskError
 
 from ernie_cluster.actors import background
-from ernie_cluster.actors.messages import NAMESPACE, ReplicaInfo
+from ernie_cluster.actors.gang import Gang
+from ernie_cluster.actors.messages import ReplicaInfo
 from ernie_cluster.actors.router import find_router
 from ernie_cluster.config.cluster import ClusterConfig, Role
 from ernie_cluster.errors import ErnieClusterError, ReplicaLost
@@ -52,35 +49,20 @@ class PoolReplica:
         replica_id = f"{model}/{role}/{serve.get_replica_context().replica_id.unique_id}"
         actor_name = f"{app}:{replica_id}:{incarnation}"
         pool = next(p for p in config.model(model).pools if p.role == role)
-        self._rank = self._start_rank(config, model, role, actor_name, pool.num_cpus, pool.num_gpus)
+        self._gang = Gang(config, model, pool, actor_name)
         try:
-            ready = ray.get(self._rank.ready.remote())
-        except RayActorError as e:
+            ready = self._gang.load()
+        except (RayActorError, RayTaskError) as e:
             raise ReplicaLost(f"{replica_id} could not start: {_root_of(e)}") from None
-        self._info = ReplicaInfo(
-            replica_id, incarnation, model, role, ready.node_id, actor_name, ready.address, ready.endpoint
-        )
-        log.info("%s is ready after %.1f s", replica_id, ready.load_s)
+        self._id = replica_id
+        self._infos = [
+            ReplicaInfo(f"{replica_id}{lane}", incarnation, model, role, r.node_id, name, r.address, r.endpoint)
+            for lane, name, r in ready
+        ]
+        """One for each group of ranks that takes requests of its own."""
+        log.info("%s is ready after %.1f s", replica_id, max(r.load_s for _, _, r in ready))
         self._failure: ErnieClusterError | None = None
         self._tasks: list[asyncio.Task[None]] = []
-
-    @staticmethod
-    def _start_rank(
-        config: ClusterConfig, model: str, role: Role, actor_name: str, num_cpus: float, num_gpus: float
-    ) -> Any:
-        if role == "vision":
-            from ernie_cluster.actors.vision_rank import VisionRank
-
-            kind: Any = VisionRank
-        else:
-            from ernie_cluster.actors.engine_rank import EngineRank
-
-            kind = EngineRank
-        strategy = PlacementGroupSchedulingStrategy(get_current_placement_group(), placement_group_bundle_index=0)
-        options = kind.options(
-            name=actor_name, namespace=NAMESPACE, num_cpus=num_cpus, num_gpus=num_gpus, scheduling_strategy=strategy
-        )
-        return options.remote(config, model, role, actor_name, num_cpus)
 
     async def check_health(self) -> None:
         """Called by Serve; raising replaces the replica."""
@@ -89,28 +71,29 @@ class PoolReplica:
         if self._failure is not None:
             raise self._failure
 
-    async def info(self) -> ReplicaInfo:
-        return self._info
+    async def info(self) -> list[ReplicaInfo]:
+        return self._infos
 
     async def _register(self) -> None:
         """Over and over: a router that was restarted learns of us within a second."""
         while self._failure is None:
             try:
-                await self._router.register.remote(self._info)
+                for info in self._infos:
+                    await self._router.register.remote(info)
             except Exception as e:
                 log.info("the router does not answer, looking for it again: %s", e)
                 self._router = find_router(*self._router_args)
             await asyncio.sleep(_REGISTER_S)
 
     async def _watch(self) -> None:
-        """A snapshot each second notices a dead rank, or a live one whose engine has stopped."""
+        """Snapshots each second notice a dead rank, or a live one whose engine has stopped."""
         while True:
             try:
                 async with asyncio.timeout(10 * _REGISTER_S):
-                    await self._rank.snapshot.remote()
+                    await self._gang.snapshots()
             except Exception as e:
-                log.error("%s has failed: %s", self._info.replica_id, e)
-                self._failure = ReplicaLost(f"{self._info.replica_id} has failed: {e}")
+                log.error("%s has failed: %s", self._id, e)
+                self._failure = ReplicaLost(f"{self._id} has failed: {e}")
                 return
             await asyncio.sleep(_REGISTER_S)
 
@@ -121,24 +104,22 @@ class PoolReplica:
         for step, timeout_s in (
             (self._leave, _STOP_TIMEOUT_S),
             (self._drain, _DRAIN_TIMEOUT_S),
-            (self._stop_rank, _STOP_TIMEOUT_S),
+            (self._gang.stop, _STOP_TIMEOUT_S),
         ):
             try:
                 async with asyncio.timeout(timeout_s):
                     await step()
             except Exception as e:
-                log.info("stopping %s: %s", self._info.replica_id, e or type(e).__name__)
-        ray.kill(self._rank)
+                log.info("stopping %s: %s", self._id, e or type(e).__name__)
+        self._gang.kill()
 
     async def _leave(self) -> None:
-        await self._router.deregister.remote(self._info.replica_id)
+        for info in self._infos:
+            await self._router.deregister.remote(info.replica_id)
 
     async def _drain(self) -> None:
-        while not (await self._rank.snapshot.remote()).is_idle:  # noqa: ASYNC110  another process says so
+        while not all(load.is_idle for load in await self._gang.snapshots()):  # noqa: ASYNC110  others say so
             await asyncio.sleep(_DRAIN_PAUSE_S)
-
-    async def _stop_rank(self) -> None:
-        await self._rank.stop.remote()
 
 
 def _root_of(error: BaseException) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 
@@ -21,10 +22,12 @@ from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route
 from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.policy.admission import Refusal
-from ernie_cluster.policy.routing import Path, choose_path
+from ernie_cluster.policy.routing import choose_encoder, choose_path
 from ernie_cluster.policy.snapshot import Books, Demand, ReplicaSnapshot
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SETTLE_S = 3.0
 """A router that has just started refuses nobody: replicas register once a second, so it cannot know them all yet."""
@@ -67,7 +70,9 @@ class Router:
         """Where it takes direct calls; a router that was started again has another one."""
         self._touch()
         if self._address is None:
-            calls = (self.acquire, self.opened, self.release, self.lost, self.status, self.loads)
+            calls = (
+                self.acquire, self.acquire_encoder, self.opened, self.release, self.lost, self.status, self.loads,
+            )  # fmt: skip
             server = DirectServer({call.__name__: call for call in calls})
             self._address = background.start(server.start(ray.util.get_node_ip_address()))
         return await self._address
@@ -101,12 +106,7 @@ class Router:
         """
         self._touch()
         self._books.release(key)
-        path = self._choose(demand, exclude)
-        while isinstance(path, Refusal):
-            if time.monotonic() - self._started_s > _SETTLE_S:
-                raise path.to_error()
-            await asyncio.sleep(_SETTLE_PAUSE_S)
-            path = self._choose(demand, exclude)
+        path = await self._settled(partial(choose_path, demand), exclude)
         self._books.promise(key, path.promises, time.monotonic() + timeout_s)
         log.debug("%s: %s", key, "; ".join(path.reasons))
         return Route(
@@ -115,6 +115,19 @@ class Router:
             self._replicas[path.prefill],
             None if path.is_mixed else self._replicas[path.decode],
         )
+
+    async def acquire_encoder(
+        self, key: str, model: str, num_tokens: int, exclude: Sequence[str], timeout_s: float
+    ) -> ReplicaInfo:
+        """Decide which vision replica encodes a picture that belongs to no prompt, and book it.
+
+        Arguments and errors as of `acquire`; `num_tokens` are the picture's.
+        """
+        self._touch()
+        self._books.release(key)
+        promise = await self._settled(partial(choose_encoder, model, num_tokens), exclude)
+        self._books.promise(key, (promise,), time.monotonic() + timeout_s)
+        return self._replicas[promise.replica_id]
 
     async def opened(self, key: str, replica_ids: Sequence[str]) -> None:
         """The replicas hold now what was booked; their own next snapshots will show it."""
@@ -170,8 +183,15 @@ class Router:
         self._books.check()
         return self._books.num_promises
 
-    def _choose(self, demand: Demand, exclude: Sequence[str]) -> Path | Refusal:
-        return choose_path(demand, self._books.view(time.monotonic()), self._limits, exclude=frozenset(exclude))
+    async def _settled(self, choose: Callable[..., T | Refusal], exclude: Sequence[str]) -> T:
+        """What the policy decides now, or while this router is young: soon; raises its refusal."""
+        while True:
+            found = choose(self._books.view(time.monotonic()), self._limits, exclude=frozenset(exclude))
+            if not isinstance(found, Refusal):
+                return found
+            if time.monotonic() - self._started_s > _SETTLE_S:
+                raise found.to_error()
+            await asyncio.sleep(_SETTLE_PAUSE_S)
 
     def _touch(self) -> None:
         self._last_seen_s = time.monotonic()

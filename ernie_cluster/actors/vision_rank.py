@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,9 @@ from numpy.typing import NDArray
 from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, receive
 from ernie_cluster.actors.direct import DirectServer
-from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Ready
-from ernie_cluster.config.cluster import ClusterConfig, Role
-from ernie_cluster.errors import TransferFailed
-from ernie_cluster.request import Span
+from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
+from ernie_cluster.errors import Aborted, TransferFailed
+from ernie_cluster.request import MediaInput, Span
 from ernie_cluster.transport.base import Channel, Message, PieceHeader, Reply
 
 
@@ -41,17 +42,21 @@ class _NoSink:
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class VisionRank:
-    """One vision replica; arguments as for `EngineRank`."""
+    """One vision replica."""
 
-    def __init__(self, config: ClusterConfig, model: str, role: Role, actor_name: str, num_cpus: float) -> None:
-        start = time.perf_counter()
+    def __init__(self, args: RankArgs) -> None:
         process.share_interpreter()
+        self._args = args
+
+    async def load(self, meeting: Meeting | None) -> None:
+        """Load the weights; a vision replica has one rank, so there is nobody to meet."""
+        start, config = time.perf_counter(), self._args.config
         from ernie_cluster.actors.encoder import Encoder  # torch, which the conductor need not import
 
-        self._encoder = Encoder.load(config, model, num_cpus)
-        self._receivers = Receivers(_NoSink(), actor_name, config.transport)
+        self._encoder = Encoder.load(config, self._args.model, self._args.num_cpus)
+        self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport)
         self._channels = Channels(self._receivers.endpoint)
-        self._server = DirectServer({"encode": self.encode, "abort": self.abort})
+        self._server = DirectServer({"encode": self.encode, "embed": self.embed, "abort": self.abort})
         self._piece_bytes = config.transport.piece_bytes
         self._timeout_s = config.router.lease_timeout_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
@@ -73,15 +78,18 @@ class VisionRank:
             TransferFailed: the prefill replica does not wait for this attempt.
             ReplicaLost: it is gone.
         """
-        tokens = sum(m.num_tokens for m in task.media)
-        self._running.add(task.request_id)
-        self._waiting_tokens += tokens
-        try:
+        with self._at_work(task.request_id, task.media):
             return await self._encode(task)
-        finally:
-            self._running.discard(task.request_id)
-            self._waiting_tokens -= tokens
-            self._aborted.discard(task.request_id)
+
+    async def embed(self, request_id: str, media: MediaInput) -> NDArray[np.float32]:
+        """One vector for a picture, see `Encoder.pooled`; nothing else of it leaves this replica.
+
+        Raises:
+            Aborted: nobody waits for it any more.
+            EngineFailed: as of `Encoder.pooled`.
+        """
+        with self._at_work(request_id, [media]):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._pooled, request_id, media)
 
     async def abort(self, request_ids: list[str]) -> None:
         """Stop before the next picture of these requests."""
@@ -103,6 +111,25 @@ class VisionRank:
         self._thread.shutdown(wait=True, cancel_futures=True)
         await asyncio.to_thread(self._channels.close)
         await asyncio.to_thread(self._receivers.close)
+
+    @contextmanager
+    def _at_work(self, request_id: str, media: Sequence[MediaInput]) -> Iterator[None]:
+        """Count a task as load, and let it be aborted, while it runs."""
+        tokens = sum(m.num_tokens for m in media)
+        self._running.add(request_id)
+        self._waiting_tokens += tokens
+        try:
+            yield
+        finally:
+            self._running.discard(request_id)
+            self._waiting_tokens -= tokens
+            self._aborted.discard(request_id)
+
+    def _pooled(self, request_id: str, media: MediaInput) -> NDArray[np.float32]:
+        """In the encoder's thread, where it may have waited."""
+        if request_id in self._aborted:
+            raise Aborted("given up before its turn came")
+        return self._encoder.pooled(media)
 
     async def _encode(self, task: EncodeTask) -> EncodeReport:
         channel = await asyncio.to_thread(self._channels.to, task.destination)

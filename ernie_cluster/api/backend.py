@@ -9,7 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ernie_cluster.request import GenerationRequest, TokenEvent
+import numpy as np
+from numpy.typing import NDArray
+
+from ernie_cluster.request import GenerationRequest, MediaInput, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,22 @@ class Backend(Protocol):
         Raises:
             Overloaded: nothing was started; come back after `retry_after_s`.
             DeadlineExceeded, ReplicaError: the request ended without an answer, or in the middle of one.
+        """
+        ...
+
+    async def embed(self, model: str, media: MediaInput, timeout_s: float) -> NDArray[np.float32]:
+        """One vector for a picture, from a model's vision pool: pictures that look alike have vectors that point alike.
+
+        Args:
+            model: served name.
+            media: with patches; its place in a prompt does not matter.
+            timeout_s: deadline. Giving up before it ends the work.
+
+        Returns:
+            float32 [width of the model], of length 1.
+
+        Raises:
+            Overloaded, DeadlineExceeded, ReplicaError: as in `generate`.
         """
         ...
 

@@ -13,8 +13,10 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from ernie_cluster.api.answer import Answer
+from ernie_cluster.api.deadline import Deadline
 from ernie_cluster.api.dialect import Asked, Dialect, Heading, Presentation
 from ernie_cluster.api.guest import Guest
+from ernie_cluster.api.image_search import check_offer
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.media import Fetched, wanted_media
 from ernie_cluster.api.prepare import Job, prepare
@@ -94,7 +96,7 @@ class Generation(Generic[R]):
         self.look: Presentation | None = None
 
     async def answer(self, raw: bytes, wire: Wire, meter: Meter, guest: Guest, timeout_s: float) -> None:
-        service = self._service
+        service, deadline = self._service, Deadline(meter.start_s + timeout_s)
         start_s = time.time()
         is_quick = is_small(raw)
         asked = await service.run(partial(self._read, raw), is_quick)
@@ -105,12 +107,13 @@ class Generation(Generic[R]):
         heading = Heading(self._dialect.id_prefix + uuid.uuid4().hex, int(start_s), body.model)
         fetched = {**await self._fetch(asked), **asked.content}
         is_quick = is_quick and not body.has_format and not fetched
-        left_s = max(0.001, timeout_s - (time.monotonic() - meter.start_s))
-        job = await service.run(partial(self._prepare, asked, fetched, processor, heading, guest, left_s), is_quick)
+        job = await service.run(
+            partial(self._prepare, asked, fetched, processor, heading, guest, deadline.left_s), is_quick
+        )
         look = asked.present(heading, job, [Span("preprocess", start_s, time.time() - start_s)])
-        rounds = rounds_of(body, job, processor, service, fetched, meter.start_s + timeout_s)
-        del asked, body, fetched
         backend = guest.pay(job, service.backend)
+        rounds = rounds_of(body, job, processor, service, fetched, deadline, backend)
+        del asked, body, fetched
         meter.prepared(job.num_prompt_tokens)
         self.look = look
         async with Answer(backend, job, processor, rounds) as answer:
@@ -135,6 +138,7 @@ class Generation(Generic[R]):
         self, asked: Asked, fetched: Fetched, processor: Processor, heading: Heading, guest: Guest, timeout_s: float
     ) -> Job:
         try:
+            check_offer(asked.body, self._service.searcher)
             return prepare(
                 asked.body,
                 processor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -10,9 +12,12 @@ from ernie_cluster.api.answer import TOOL_CALLS, Answer, Delta
 from ernie_cluster.api.dialect import Asked, Heading
 from ernie_cluster.api.grpc_body import chat_body, generate_body
 from ernie_cluster.api.limits import ApiLimits
+from ernie_cluster.api.markup import OwnCall
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.proto.v1 import inference_pb2 as pb
 from ernie_cluster.request import FinishReason, Span
+
+Choice = pb.ChatChoice | pb.ChatDelta | pb.GenerateChoice
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -50,6 +55,7 @@ class ChatCall:
             ),
             finish_reason=_FINISH_REASONS[answer.finish_reason],
             logprobs=_tokens(answer),
+            builtin_tool_calls=map(_own_call, pieces.own_calls),
         )
 
     def chunk_choice(self, heading: Heading, delta: Delta) -> pb.ChatDelta:
@@ -70,6 +76,7 @@ class ChatCall:
             tool_calls=calls,
             finish_reason=_FINISH_REASONS[delta.finish_reason],
             logprobs=_tokens(delta),
+            builtin_tool_calls=map(_own_call, pieces.own_calls),
         )
 
 
@@ -107,25 +114,39 @@ class GrpcPresentation:
         self._heading = heading
         self._job = job
         self._own_spans = own_spans
+        self._has_begun = False
 
     def whole(self, answer: Answer, choices: Sequence[Delta]) -> bytes:
-        shown = [self._form.whole_choice(self._heading, choice) for choice in choices]
-        return self._bytes(self._form.whole, choices=shown, **self._end(answer))
+        shown = [self._with_ids(self._form.whole_choice(self._heading, choice), choice) for choice in choices]
+        return self._bytes(self._form.whole, choices=shown, **self._begin(), **self._end(answer))
 
     def news(self, deltas: Sequence[Delta]) -> list[bytes]:
         """One chunk for all choices that have something to show."""
         shown = [
-            self._form.chunk_choice(self._heading, delta)
+            self._with_ids(self._form.chunk_choice(self._heading, delta), delta)
             for delta in deltas
-            if delta.pieces or delta.finish_reason or delta.tokens
+            if delta.pieces or delta.finish_reason or delta.tokens or (self._job.has_token_ids and delta.token_ids)
         ]
-        return [self._bytes(self._form.chunk, choices=shown)] if shown else []
+        return [self._bytes(self._form.chunk, choices=shown, **self._begin())] if shown else []
 
     def closing(self, answer: Answer) -> list[bytes]:
         return [self._bytes(self._form.chunk, **self._end(answer))]
 
     def failure(self, exc: Exception) -> list[bytes]:
         return []  # the call's status tells it
+
+    def _with_ids(self, choice: Choice, delta: Delta) -> Choice:
+        """The same with its token ids, if they were asked for."""
+        if self._job.has_token_ids:
+            choice.token_ids.extend(delta.token_ids)
+        return choice
+
+    def _begin(self) -> dict[str, Any]:
+        """What the first message tells; all choices have the same prompt."""
+        if self._has_begun or not self._job.has_token_ids:
+            return {}
+        self._has_begun = True
+        return {"prompt_token_ids": self._job.requests[0].prompt_token_ids.tolist()}
 
     def _bytes(self, kind: Any, **fields: Any) -> bytes:
         heading = self._heading
@@ -135,10 +156,12 @@ class GrpcPresentation:
 
     def _end(self, answer: Answer) -> dict[str, Any]:
         usage = pb.Usage(
-            prompt_tokens=self._job.num_prompt_tokens,
+            prompt_tokens=answer.num_prompt_tokens,
             completion_tokens=answer.num_tokens,
             cached_tokens=answer.num_cached_tokens,
             reasoning_tokens=answer.num_reasoning_tokens,
+            image_tokens=answer.num_media_tokens("image"),
+            video_tokens=answer.num_media_tokens("video"),
         )
         return {"usage": usage, "timeline": self._timeline(answer) if self._job.has_timeline else []}
 
@@ -162,6 +185,21 @@ def _tokens(delta: Delta) -> list[pb.Token]:
 
 def _ranked(top: Iterable[tuple[bytes, float]]) -> list[pb.RankedToken]:
     return [pb.RankedToken(token=token, logprob=logprob) for token, logprob in top]
+
+
+def _own_call(call: OwnCall) -> pb.BuiltinToolCall:
+    result = dict(call.result)
+    told = {name: result.pop(name) for name in ("text", "error") if name in result}
+    images = [_tool_image(**image) for image in result.pop("images", ())]
+    details = json.dumps(result, ensure_ascii=False)
+    return pb.BuiltinToolCall(
+        id=call.call_id, name=call.name, arguments=call.arguments, images=images, details=details, **told
+    )
+
+
+def _tool_image(width: int, height: int, url: str | None = None) -> pb.ToolImage:
+    data = None if url is None else base64.b64decode(url.partition(",")[2])
+    return pb.ToolImage(width=width, height=height, data=data)
 
 
 def _call_id(heading: Heading, choice: int, call: int) -> str:

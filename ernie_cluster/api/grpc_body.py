@@ -20,6 +20,9 @@ _TOOL_MODES = {
     pb.ToolChoice.MODE_NONE: "none",
     pb.ToolChoice.MODE_REQUIRED: "required",
 }
+_EFFORTS = {
+    number: name.removeprefix("REASONING_EFFORT_").lower() for name, number in pb.ReasoningEffort.items() if number
+}
 _FIELDS = {
     **{name: f"sampling.{name}" for name in pb.Sampling.DESCRIPTOR.fields_by_name},
     "top_logprobs": "sampling.logprobs",
@@ -53,10 +56,11 @@ def chat_body(request: pb.ChatRequest, limits: ApiLimits, *, is_stream: bool) ->
     raw = {
         **_common(request, is_stream),
         **sampling,
-        "enable_thinking": request.enable_thinking if request.HasField("enable_thinking") else None,
         "tools": [_tool(tool, i, conversation, limits) for i, tool in enumerate(request.tools)] or None,
         "tool_choice": _tool_choice(request.tool_choice),
-        "parallel_tool_calls": request.parallel_tool_calls if request.HasField("parallel_tool_calls") else None,
+        "reasoning_effort": _EFFORTS.get(request.reasoning_effort, "unknown") if request.reasoning_effort else None,
+        "include_tool_results": request.include_tool_results,
+        **_given(request, "enable_thinking", "parallel_tool_calls", "max_thinking_tokens"),
     }
     return Translated(as_chat(raw, conversation), conversation.origins, content)
 
@@ -80,9 +84,15 @@ def _common(request: pb.ChatRequest | pb.GenerateRequest, is_stream: bool) -> di
         "model": request.model,
         "stream": is_stream,
         "include_timeline": request.include_timeline,
-        "cache_salt": request.cache_salt if request.HasField("cache_salt") else None,
+        "return_token_ids": request.return_token_ids,
+        **_given(request, "cache_salt", "priority"),
         **_format(request.response_format),
     }
+
+
+def _given(request: pb.ChatRequest | pb.GenerateRequest, *names: str) -> dict[str, Any]:
+    """Those of these fields that are set."""
+    return {name: getattr(request, name) for name in names if request.HasField(name)}
 
 
 def _sampling(sampling: pb.Sampling) -> dict[str, Any]:
@@ -171,6 +181,8 @@ _SOURCES = ("data", "url")
 
 def _tool(tool: pb.Tool, index: int, conversation: Conversation, limits: ApiLimits) -> dict[str, Any]:
     conversation.origins[f"tools[{index}].function"] = f"tools[{index}]"
+    if tool.builtin:
+        return _builtin(tool, f"tools[{index}]", conversation)
     function: dict[str, Any] = {"name": tool.name}
     if tool.HasField("description"):
         function["description"] = tool.description
@@ -181,6 +193,14 @@ def _tool(tool: pb.Tool, index: int, conversation: Conversation, limits: ApiLimi
         except InvalidRequest as e:
             raise InvalidRequest(f"{param}: not a JSON schema: {e.message}", param, e.code) from None
     return {"type": "function", "function": function}
+
+
+def _builtin(tool: pb.Tool, origin: str, conversation: Conversation) -> dict[str, Any]:
+    param = f"{origin}.builtin"
+    if len(tool.ListFields()) > 1 or tool.builtin in ("function", "custom"):
+        raise InvalidRequest(f"{param}: give the name of a tool of the server's and nothing else, or a function", param)
+    conversation.origins[f"{origin}.type"] = param
+    return {"type": tool.builtin}
 
 
 def _tool_choice(choice: pb.ToolChoice) -> Any:

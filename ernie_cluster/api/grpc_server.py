@@ -10,7 +10,7 @@ on several machines it needs a balancer, or their names.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -35,6 +35,7 @@ class GrpcServer:
         guard: who may come in; None lets everybody in.
         host: address to listen on.
         port: 0 takes any that is free.
+        credentials: for TLS, see `tls.Certificate`; None speaks plain text.
         health_interval_s: see `grpc_health.INTERVAL_S`.
     """
 
@@ -45,11 +46,13 @@ class GrpcServer:
         guard: Guard | None,
         host: str,
         port: int,
+        credentials: Any = None,
         health_interval_s: float = grpc_health.INTERVAL_S,
     ) -> None:
         self._service = service
         self._guard = guard
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._credentials = credentials
         self._health = grpc_health.Health(service, (grpc_service.NAME,), health_interval_s)
         self.port = port
 
@@ -61,7 +64,10 @@ class GrpcServer:
         names = (grpc_service.NAME, grpc_health.NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
-            self.port = self._server.add_insecure_port(self._address)
+            if self._credentials is None:
+                self.port = self._server.add_insecure_port(self._address)
+            else:
+                self.port = self._server.add_secure_port(self._address, self._credentials)
         except RuntimeError as e:
             raise ConfigError(f"cannot listen on {self._address} for gRPC: {e}; choose another api.grpc_port") from None
         await self._server.start()

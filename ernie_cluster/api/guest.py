@@ -6,13 +6,15 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
 from starlette.types import Scope
 
 from ernie_cluster.api.backend import Backend, ModelStatus, ReplicaLoad
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.ratelimit import Amounts, Budget
 from ernie_cluster.errors import Overloaded, ReplicaError
-from ernie_cluster.request import GenerationRequest, TokenEvent
+from ernie_cluster.request import GenerationRequest, MediaInput, TokenEvent
 
 _GUEST = "ernie_cluster.guest"
 
@@ -101,6 +103,12 @@ class PaidBackend:
             self._budget.refund(price)
             self._budget.refund(further)
             raise
+
+    async def embed(self, model: str, media: MediaInput, timeout_s: float) -> NDArray[np.float32]:
+        """Charged when it is there."""
+        vector = await self._backend.embed(model, media, timeout_s)
+        self._budget.charge({"pixels": media.num_pixels})
+        return vector
 
     async def status(self) -> list[ModelStatus]:
         return await self._backend.status()

@@ -23,6 +23,7 @@ from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.gauges import ReplicaGauges
 from ernie_cluster.api.generation import Generation, Lookup, Work
 from ernie_cluster.api.guard import Door, Guard
+from ernie_cluster.api.image_search import ImageSearcher
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.middleware import Boundary, HeaderLimit
 from ernie_cluster.api.openai import CHAT, COMPLETION, encode
@@ -60,6 +61,7 @@ def create_app(
     guard: Guard | None = None,
     fetcher: Fetcher | None = None,
     default_tools: Sequence[str] = (),
+    searcher: ImageSearcher | None = None,
     beside: Callable[[Service], AbstractAsyncContextManager[object]] | None = None,
 ) -> FastAPI:
     """The ASGI app.
@@ -72,9 +74,10 @@ def create_app(
         guard: who may come in; None lets everybody in.
         fetcher: of media that are named by URL; None fetches nothing. Closed when the app shuts down.
         default_tools: of our own, offered in chats that say nothing of tools.
+        searcher: of the tool `image_search`; None does not offer it.
         beside: another face of the same service, there as long as the app runs.
     """
-    service = Service(backend, processors, limits, metrics, fetcher, default_tools)
+    service = Service(backend, processors, limits, metrics, fetcher, default_tools, searcher)
     gauges = ReplicaGauges(backend, metrics, time.monotonic)
 
     @asynccontextmanager

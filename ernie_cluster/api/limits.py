@@ -36,8 +36,9 @@ class ApiLimits:
     """Times that one answer may call tools that run here, and go on."""
     max_tool_pixels: int = 16_000_000
     """Of all pictures together, as the model sees them, that these tools may add to one answer's prompt."""
-    default_max_tokens: int = 256
-    """Answer length when the client names none; the rest of the context where that is smaller."""
+    default_max_tokens: int | None = None
+    """Answer length when the client names none, all rounds together; never more than the rest of the context, which None
+    gives to chats. Texts get 256 then, for few of them come to an end by themselves."""
     request_timeout_s: float = 600.0
     """From the request's first byte to the answer's last."""
     preprocess_threads: int = 2
@@ -50,5 +51,5 @@ class ApiLimits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not value > 0:
+            if value is not None and not value > 0:
                 raise ConfigError(f"api.{field.name} is {value}; it must be above 0")

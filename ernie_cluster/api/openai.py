@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from pydantic_core import to_json
+
 from ernie_cluster.api.answer import Answer, Delta
 from ernie_cluster.api.dialect import Asked, Heading
 from ernie_cluster.api.logprobs import chat_logprobs, completion_logprobs
@@ -233,7 +235,10 @@ def model_card(name: str, created: int, max_model_len: int) -> dict[str, Any]:
 
 def encode(value: Any) -> bytes:
     """JSON, UTF-8; half a surrogate pair in an error text becomes a question mark instead of an error of its own."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    try:
+        return to_json(value)
+    except ValueError:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def sse(value: Any, name: str | None = None) -> bytes:

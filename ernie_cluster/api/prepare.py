@@ -17,6 +17,9 @@ from ernie_cluster.api.translate import renamed
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
 from ernie_cluster.request import GenerationRequest, MediaKind, SamplingParams, ThinkingLimit
 
+TEXT_MAX_TOKENS = 256
+"""Of a text's continuation where neither client nor operator says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -232,12 +235,17 @@ def _fit(
             f"{num_prompt_tokens} prompt tokens and {name} {asked} exceed the context of {most}; ask for at most {room}",
             name,
         )
-    max_tokens = min(limits.default_max_tokens, room) if asked is None else asked
+    max_tokens = min(_default_max_tokens(body, limits) or room, room) if asked is None else asked
     if request.sampling.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens {request.sampling.min_tokens} is above the answer's limit of {max_tokens} tokens", "min_tokens"
         )
     return replace(request, sampling=replace(request.sampling, max_tokens=max_tokens))
+
+
+def _default_max_tokens(body: GenerationBody, limits: ApiLimits) -> int | None:
+    """None where nothing but the context bounds the answer."""
+    return limits.default_max_tokens or (None if isinstance(body, ChatBody) else TEXT_MAX_TOKENS)
 
 
 def _check_counts(body: GenerationBody, limits: ApiLimits) -> None:

@@ -62,7 +62,8 @@ class Processor(Protocol):
 
         Args:
             messages: OpenAI's form; content is a string, None, or parts of type `text`, `image_url` and `video_url`.
-                What was fetched stands as `content` beside its `url`, and where a tool zoomed in, so do `regions`.
+                What was fetched stands as `content` beside its `url`, and where a tool zoomed in or found it, so do
+                `regions` and `max_pixels`.
             request_id: unique among all requests.
             sampling: carried over; its `max_tokens` is 1, the caller settles it when the prompt's length is known.
             enable_thinking: True or False where the model can think aloud or not; None leaves it to the template.
@@ -84,6 +85,18 @@ class Processor(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 that a token stands for, maybe a part of a character; b"" for an id that is no token."""
+        ...
+
+    def picture(self, given: dict[str, Any], *, cache_salt: bytes = b"") -> MediaInput:
+        """A picture by itself, as it would stand in a prompt.
+
+        Args:
+            given: an `image_url` as in messages of `chat`.
+            cache_salt: as there.
+
+        Raises:
+            InvalidRequest: it cannot be used.
+        """
         ...
 
     def thumbnail(self, media: MediaInput) -> str:

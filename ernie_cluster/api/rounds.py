@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from ernie_cluster.api.answer import TOOL_CALLS, ChoiceText, Delta
+from ernie_cluster.api.backend import Backend
 from ernie_cluster.api.constraints import grammar_of
+from ernie_cluster.api.deadline import Deadline
 from ernie_cluster.api.dialect import Asked
+from ernie_cluster.api.image_search import ImageSearcher, Run
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.markup import CallPiece, OwnCall, Pieces
 from ernie_cluster.api.media import Fetched
@@ -27,20 +30,12 @@ from ernie_cluster.api.service import Service
 from ernie_cluster.api.sieve import Sieve
 from ernie_cluster.api.tool_schemas import OwnTool
 from ernie_cluster.api.turns import SINGLE_ROUND, Rounds, Step, Turns
-from ernie_cluster.builtin.base import BuiltinTool, ToolResult
+from ernie_cluster.builtin.base import BuiltinTool, Search, ToolResult, failed
 from ernie_cluster.builtin.pictures import Gallery, gallery_of
 from ernie_cluster.builtin.registry import TOOLS
 from ernie_cluster.builtin.turns import Called, turn_of
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
 from ernie_cluster.request import FinishReason, GenerationRequest, MediaInput, Span
-
-T = TypeVar("T")
-
-
-class Run(Protocol):
-    """`Workers.run`."""
-
-    def __call__(self, work: Callable[[], T]) -> Awaitable[T]: ...
 
 
 def own_tools_of(body: GenerationBody) -> Mapping[str, BuiltinTool]:
@@ -50,12 +45,19 @@ def own_tools_of(body: GenerationBody) -> Mapping[str, BuiltinTool]:
 
 
 def rounds_of(
-    body: GenerationBody, job: Job, processor: Processor, service: Service, fetched: Fetched, deadline_s: float
+    body: GenerationBody,
+    job: Job,
+    processor: Processor,
+    service: Service,
+    fetched: Fetched,
+    deadline: Deadline,
+    backend: Backend,
 ) -> Rounds:
-    """Several, if tools of our own are offered; all of them until the deadline, on the monotonic clock."""
+    """Several, if tools of our own are offered; all of them until the deadline."""
     if not isinstance(body, ChatBody) or not own_tools_of(body):
         return SINGLE_ROUND
-    return ToolRounds(body, job, processor, service.limits, fetched, service.workers.run, deadline_s)
+    run, searcher = service.workers.run, service.searcher
+    return ToolRounds(body, job, processor, service.limits, fetched, run, deadline, backend, searcher)
 
 
 def with_default_tools(asked: Asked, names: Sequence[str]) -> Asked:
@@ -76,9 +78,11 @@ class ToolRounds:
     limits: ApiLimits
     fetched: Fetched
     run: Run
-    deadline_s: float
-    """Of the whole answer, by `clock`."""
-    clock: Callable[[], float] = time.monotonic
+    deadline: Deadline
+    backend: Backend
+    """For what tools ask of it."""
+    searcher: ImageSearcher | None
+    """Of the tool that searches; None = it is not on offer."""
 
     def begin(self, text: ChoiceText) -> Turns:
         return _Conversation(self, text)
@@ -102,6 +106,8 @@ class _Conversation:
     tools: Mapping[str, BuiltinTool] = field(init=False)
     sieve: Sieve = field(init=False)
     messages: list[dict[str, Any]] = field(init=False)
+    files: Fetched = field(init=False)
+    """Of pictures that were fetched, or found by tools."""
     num_rounds: int = 0
     """Of tools."""
     num_tokens: int = 0
@@ -112,6 +118,7 @@ class _Conversation:
         self.tools = own_tools_of(self.rounds.body)
         self.sieve = Sieve(self.tools)
         self.messages = self.rounds.body.dumped_messages
+        self.files = self.rounds.fetched
 
     def shown(self, delta: Delta) -> Delta:
         """Without what only `follow` can tell: our own calls, and whether the answer is over."""
@@ -128,10 +135,12 @@ class _Conversation:
             return self._step(self._told(calls, own, [{"error": refusal.why}] * len(own)), refusal.finish_reason)
         self.num_rounds += 1
         start_s = time.time()
-        results, request = await self.rounds.run(partial(self._go_on, said, calls, text.request))
+        begun = await self.rounds.run(partial(self._run_tools, calls))
+        results = [await self._looked_up(r) if isinstance(r, Search) else r for r in begun]
+        told, request = await self.rounds.run(partial(self._go_on, said, calls, results, text.request))
         names = tuple(("tool", call.name) for call in calls)
         text.spans.append(Span("tools", start_s, time.time() - start_s, names))
-        return self._step(self._told(calls, own, results), None if request else FinishReason.LENGTH, request)
+        return self._step(self._told(calls, own, told), None if request else FinishReason.LENGTH, request)
 
     def _refusal(self, text: ChoiceText, *, is_shared: bool) -> _Refusal | None:
         most = self.rounds.limits.max_tool_rounds
@@ -161,31 +170,46 @@ class _Conversation:
             for i, (call, piece, result) in enumerate(zip(calls, own, results, strict=True))
         ]
 
+    async def _looked_up(self, wanted: Search) -> ToolResult:
+        """Raises DeadlineExceeded."""
+        rounds, salt = self.rounds, self.begun.request.cache_salt
+        assert rounds.searcher is not None, "a tool that was not on offer"
+        found = await rounds.searcher.find(
+            wanted, self.files, salt, backend=rounds.backend, run=rounds.run, timeout_s=rounds.deadline.left_s
+        )
+        files, most = {**self.files, **found.content}, rounds.limits.max_body_bytes
+        if found.content and sum(map(len, files.values())) > most:
+            return failed(f"the files of this conversation's pictures would have more than {most} bytes together")
+        self.files = files
+        return found.result
+
     # In a worker thread
 
+    def _run_tools(self, calls: Sequence[Called]) -> list[ToolResult | Search]:
+        gallery = gallery_of(self.messages)
+        return [self._result(call, gallery) for call in calls]
+
     def _go_on(
-        self, said: Pieces, calls: Sequence[Called], previous: GenerationRequest
+        self, said: Pieces, calls: Sequence[Called], results: Sequence[ToolResult], previous: GenerationRequest
     ) -> tuple[list[dict[str, Any]], GenerationRequest | None]:
         """What the client is told of each result, and the request of the next round; None when it does not fit."""
-        gallery = gallery_of(self.messages)
-        results = [self._result(call, gallery) for call in calls]
         try:
             return self._prepared(said, calls, results, previous)
         except InvalidRequest as e:  # for example pictures too many, or too large for the context
-            results = [_failed(e.message)] * len(calls)
+            results = [failed(e.message)] * len(calls)
         try:
             return self._prepared(said, calls, results, previous)
         except InvalidRequest:  # there is no room even for words
             return [_result_for_client(result, []) for result in results], None
 
-    def _result(self, call: Called, gallery: Gallery) -> ToolResult:
+    def _result(self, call: Called, gallery: Gallery) -> ToolResult | Search:
         try:
             arguments = json.loads(call.arguments)
             if not isinstance(arguments, dict):
                 raise ValueError("the arguments must be a JSON object")
             return self.tools[call.name].run(arguments, gallery)
         except (ValueError, RecursionError) as e:
-            return _failed(str(e))
+            return failed(str(e))
 
     def _prepared(
         self, said: Pieces, calls: Sequence[Called], results: Sequence[ToolResult], previous: GenerationRequest
@@ -209,9 +233,9 @@ class _Conversation:
             rounds.processor,
             request_id=f"{stem}.{self.num_rounds}-{choice}",
             sampling=replace(first.sampling, max_tokens=1, min_tokens=0),
-            timeout_s=max(0.001, rounds.deadline_s - rounds.clock()),
+            timeout_s=rounds.deadline.left_s,
             salt=first.cache_salt,
-            fetched=rounds.fetched,
+            fetched=self.files,
             messages=messages,
         )
         self._check_pixels(prompt)
@@ -254,10 +278,6 @@ def _legible(arguments: str) -> str:
     except (ValueError, RecursionError):
         return arguments
     return json.dumps(parsed, ensure_ascii=False).encode("utf-8", "replace").decode()  # half surrogates become "?"
-
-
-def _failed(why: str) -> ToolResult:
-    return ToolResult(f"Error: {why}", details={"error": why})
 
 
 def _result_for_client(result: ToolResult, pictures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -62,12 +62,12 @@ class GenerationBody(Strict):
     frequency_penalty: Penalty | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
             Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
         ]
         | None
     ) = None
-    """Token id, as decimal digits, to what is added to its logit."""
+    """Token id, as decimal digits, to what is added to its logit. A zero before them would be a second name of a token."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
         list[StopString],

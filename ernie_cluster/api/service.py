@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from ernie_cluster.api.backend import Backend
 from ernie_cluster.api.fetcher import Fetcher
+from ernie_cluster.api.image_search import ImageSearcher
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.openai import encode, model_card
 from ernie_cluster.api.processor import Processor
@@ -42,12 +43,14 @@ class Service:
         metrics: Metrics,
         fetcher: Fetcher | None = None,
         default_tools: Sequence[str] = (),
+        searcher: ImageSearcher | None = None,
     ) -> None:
         self.backend = backend
         self.processors = processors
         self.limits = limits
         self.fetcher = fetcher or Fetcher()
         self.default_tools = default_tools
+        self.searcher = searcher
         self.workers = Workers(limits.preprocess_threads, limits.max_preparing)
         self.traffic = Traffic(metrics, time.monotonic, limits.max_in_flight)
         self.created = int(time.time())

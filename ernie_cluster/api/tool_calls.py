@@ -83,4 +83,7 @@ class ArgumentsScanner:
 
 def num_begun(text: str, marks: Iterable[str]) -> int:
     """Characters at the end of `text` that may be the beginning of one of `marks`: "a</th" has 4 of "</think>"."""
-    return max((n for mark in marks for n in range(len(mark)) if text.endswith(mark[:n])), default=0)
+    return max(
+        (n for mark in marks if mark[0] in text[-len(mark) :] for n in range(len(mark)) if text.endswith(mark[:n])),
+        default=0,
+    )

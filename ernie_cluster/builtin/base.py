@@ -33,6 +33,22 @@ class ToolResult:
         return words + [picture.part for picture in self.pictures]
 
 
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a tool asks of the server in place of a result: the pictures of its index that look most like this one."""
+
+    picture: Shown
+    top_k: int
+    """How many, at least 1; the operator may allow fewer."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """As of the result."""
+
+
+def failed(why: str) -> ToolResult:
+    """The result of a call that cannot be run, in words for the model and the client."""
+    return ToolResult(f"Error: {why}", details={"error": why})
+
+
 class BuiltinTool(Protocol):
     """One tool. Stateless, or safe to share between threads."""
 
@@ -46,7 +62,7 @@ class BuiltinTool(Protocol):
         """What the model is told of it."""
         ...
 
-    def run(self, arguments: Mapping[str, Any], pictures: Gallery) -> ToolResult:
+    def run(self, arguments: Mapping[str, Any], pictures: Gallery) -> ToolResult | Search:
         """Work for a worker thread, of milliseconds.
 
         Args:

@@ -57,6 +57,8 @@ class Shown:
     """By which the request names the file."""
     regions: tuple[Region, ...] = ()
     """What is seen of it: the region of its region, and so on."""
+    max_pixels: int | None = None
+    """To which what is seen is shrunk; None = to what the model takes."""
 
     def zoomed(self, region: Region) -> Shown:
         """This region of it."""
@@ -64,8 +66,9 @@ class Shown:
 
     @property
     def part(self) -> dict[str, Any]:
-        """As a part of a message; `regions` is ours, and clients cannot send it."""
-        return {"type": "image_url", "image_url": {"url": self.url, "regions": self.regions}}
+        """As a part of a message; `regions` and `max_pixels` are ours, and clients cannot send them."""
+        bound = {} if self.max_pixels is None else {"max_pixels": self.max_pixels}
+        return {"type": "image_url", "image_url": {"url": self.url, "regions": self.regions, **bound}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ def gallery_of(messages: Iterable[Mapping[str, Any]]) -> Gallery:
         found = [part["image_url"] for part in parts if part["type"] == "image_url"]
         if found and message["role"] == "user":
             main = len(pictures) + 1
-        pictures += [Shown(given["url"], tuple(given.get("regions", ()))) for given in found]
+        pictures += [Shown(g["url"], tuple(g.get("regions", ())), g.get("max_pixels")) for g in found]
     return Gallery(tuple(pictures), main)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ernie_cluster.builtin.base import BuiltinTool
 from ernie_cluster.builtin.calculator import Calculator
+from ernie_cluster.builtin.search import ImageSearch
 from ernie_cluster.builtin.zoom import Zoom
 
-TOOLS: Mapping[str, BuiltinTool] = {tool.name: tool for tool in (Zoom(), Calculator())}
+TOOLS: Mapping[str, BuiltinTool] = {tool.name: tool for tool in (Zoom(), Calculator(), ImageSearch())}

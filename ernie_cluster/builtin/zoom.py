@@ -8,17 +8,20 @@ from typing import Any
 from ernie_cluster.builtin.base import ToolResult, function
 from ernie_cluster.builtin.pictures import Gallery, read_region
 
+BBOX_2D: Mapping[str, Any] = {
+    "type": "array",
+    "items": {"type": "number"},
+    "minItems": 4,
+    "maxItems": 4,
+    "description": "The region [x1, y1, x2, y2], in 0-1000 of the width and height.",
+}
+"""Schema of a region as `read_region` reads it."""
+
 ZOOM = function(
     "image_zoom_in_tool",
     "Zooms into a region of the image by cropping it, to see more.",
     {
-        "bbox_2d": {
-            "type": "array",
-            "items": {"type": "number"},
-            "minItems": 4,
-            "maxItems": 4,
-            "description": "The region [x1, y1, x2, y2], in 0-1000 of the width and height.",
-        },
+        "bbox_2d": BBOX_2D,
         "label": {"type": "string", "description": "The name of the object."},
     },
     ["bbox_2d"],

@@ -20,6 +20,7 @@ import httpx
 from ernie_cluster.cli.local import server_or_pocket
 from ernie_cluster.cli.remote import (
     DEFAULT_URL,
+    add_ca_argument,
     add_key_argument,
     base_url_of,
     explain,
@@ -27,6 +28,7 @@ from ernie_cluster.cli.remote import (
     key_headers,
     printable,
     refusal,
+    trust,
 )
 from ernie_cluster.errors import ErnieClusterError, InvalidRequest
 
@@ -59,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="served model name (default: the first that the server lists)")
     add_key_argument(parser)
+    add_ca_argument(parser)
     parser.add_argument("--image", dest="images", action="append", default=[], metavar="PATH", help="may be repeated")
     parser.add_argument(
         "--video",
@@ -88,6 +91,7 @@ def main(args: argparse.Namespace) -> int:
             args.once,
             videos=args.videos,
             api_key=args.api_key,
+            ca_file=args.ca_file,
         )
 
 
@@ -103,6 +107,7 @@ def run(
     *,
     videos: Sequence[str] = (),
     api_key: str | None = None,
+    ca_file: str | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> int:
     """Chat until the user has enough.
@@ -111,11 +116,12 @@ def run(
         Exit code: 0, or 1 when the server cannot be reached, a picture or video cannot be read, or (`once`) there is no answer.
 
     Raises:
-        ErnieClusterError: see `key_headers`.
+        ErnieClusterError: see `key_headers` and `trust`.
     """
     base_url = base_url_of(url)
     headers = key_headers(api_key)
-    with httpx.Client(base_url=base_url, headers=headers, timeout=TIMEOUT, transport=transport) as client:
+    options: dict[str, Any] = {"timeout": TIMEOUT, "verify": trust(ca_file), "transport": transport}
+    with httpx.Client(base_url=base_url, headers=headers, **options) as client:
         try:
             chat = Chat(client, model or first_model_of(client.get("/v1/models")), system, max_tokens, thinking)
             for path in images:

@@ -74,11 +74,11 @@ def _point() -> Sample:
 def _zoom() -> Sample:
     boxes: list[Box] = [(46, 56, 200, 210), (384, 302, 584, 502), (66, 348, 202, 484)]
     scene = _scene(_SKY, (640, 564), [("orange", "diamond"), ("green", "circle"), ("red", "square")], boxes)
-    plate: Box = (404, 142, 474, 172)
+    plate: Box = (400, 140, 478, 174)
     draw = ImageDraw.Draw(scene.image)
     draw.rectangle(plate, COLOURS["white"][0], outline=COLOURS["black"][0])
     centre = ((plate[0] + plate[2]) / 2, (plate[1] + plate[3]) / 2)
-    draw_text(random.Random(1), scene.image, "4271", COLOURS["black"][0], centre, 17, max_width=60, is_upright=True)
+    draw_text(random.Random(1), scene.image, "4271", COLOURS["black"][0], centre, 19, max_width=66, is_upright=True)
     message, target = user(scene, "What number is on the sign?"), fractions(plate, scene)
     return Sample("zoom", "en", (message,), "4271", (ZOOM,), zoom_call(target), enable_thinking=True, target=target)
 

@@ -19,12 +19,14 @@ from ernie_cluster.cli.eval_report import Key, Report, Result, compare, differen
 from ernie_cluster.cli.eval_run import SEED_STEP, Examiner, plan, save_failures
 from ernie_cluster.cli.remote import (
     DEFAULT_URL,
+    add_ca_argument,
     add_key_argument,
     base_url_of,
     explain,
     first_model_of,
     key_headers,
     printable,
+    trust,
 )
 from ernie_cluster.errors import ConfigError, ErnieClusterError
 from ernie_cluster.skills.catalog import CHINESE_SKILLS, SKILLS
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=DEFAULT_URL, help="server (default: %(default)s)")
     parser.add_argument("--model", help="served model name (default: the first that the server lists)")
     add_key_argument(parser)
+    add_ca_argument(parser)
     parser.add_argument("--skills", metavar="A,B,...", default=",".join(SKILLS), help="what to ask (default: all)")
     parser.add_argument(
         "--samples", metavar="N", type=_count, default=100, help="questions per skill and language (default 100)"
@@ -141,6 +144,7 @@ async def _ask(
     client = httpx.AsyncClient(
         base_url=base_url,
         headers=key_headers(args.api_key),
+        verify=trust(args.ca_file),
         timeout=httpx.Timeout(args.timeout, connect=min(CONNECT_TIMEOUT_S, args.timeout)),
         limits=httpx.Limits(max_connections=args.concurrency),
         transport=transport,

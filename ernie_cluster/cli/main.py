@@ -22,6 +22,8 @@ examples:
   ernie-cluster demo                              the packaged model on this machine, no GPU needed
   ernie-cluster chat                              talk to a server, or else to the packaged model
   ernie-cluster eval                              judge what a server says, skill by skill
+  ernie-cluster index photos/ --out photos.index  let models search a folder of pictures
+  ernie-cluster plan --model 28b --gpu h100-80g   does it fit, and how fast could it be
   ernie-cluster config cluster.yaml               check a configuration and show all of it
   ernie-cluster serve cluster.yaml --set api.port=9000
   ernie-cluster COMMAND --help
@@ -36,6 +38,8 @@ COMMANDS = {
     "demo": "see the packaged model look, think, point and zoom",
     "chat": "chat with a server, or with the packaged model",
     "eval": "ask a server held-out questions: accuracy per skill",
+    "index": "index a folder of pictures, so that models can search it",
+    "plan": "say whether a model fits on GPUs, how much KV is left, and how fast it could be",
     "config": "check a configuration and print it with all defaults filled in",
     "key": "make an API key",
 }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import ssl
 
 import httpx
 
-from ernie_cluster.errors import ErnieClusterError
+from ernie_cluster.errors import ConfigError, ErnieClusterError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "ERNIE_API_KEY"
@@ -30,6 +31,25 @@ def key_headers(api_key: str | None) -> dict[str, str]:
     if not (key.isascii() and key.isprintable()):
         raise ErnieClusterError(f"the API key is not plain ASCII; check --api-key and {KEY_VARIABLE}")
     return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def add_ca_argument(parser: argparse.ArgumentParser) -> None:
+    """The option whose value `trust` takes."""
+    parser.add_argument(
+        "--ca-file",
+        metavar="FILE",
+        help="PEM file of the CA that has signed an https server's certificate (default: those that the system trusts)",
+    )
+
+
+def trust(ca_file: str | None) -> ssl.SSLContext | bool:
+    """httpx' `verify`; raises ConfigError."""
+    if ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as e:  # SSLError is one
+        raise ConfigError(f"--ca-file {ca_file} cannot be used: {e.strerror or e}; give a PEM file") from None
 
 
 def base_url_of(url: str) -> str:
@@ -64,6 +84,8 @@ def explain(error: Exception, base_url: str) -> str:
     """One line for the terminal about why a server gave no answer."""
     if isinstance(error, (httpx.TransportError, httpx.InvalidURL)):
         reason = str(error) or type(error).__name__
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
+            return printable(f"{base_url} is not trusted ({reason}); name its CA with --ca-file.")
         return printable(
             f"{base_url} cannot be reached ({reason}); is the server running? Name another one with --url."
         )

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.keys import is_sha256
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.errors import ConfigError, UnknownModel
@@ -249,6 +250,26 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """PEM files, the same absolute paths where `serve` runs and on each node with an API replica.
+
+    A pair that is renewed counts for the connections that come after."""
+
+    certificate: str
+    """The server's certificate, and behind it those that lead to its CA."""
+    key: str
+    """Private key of that certificate, not encrypted."""
+    client_ca: str | None = None
+    """CAs, one of which must have signed a certificate that each client has to show; None = clients show none."""
+
+    def __post_init__(self) -> None:
+        for name in ("certificate", "key", "client_ca"):
+            path = getattr(self, name)
+            if path is not None and not os.path.isabs(path):
+                raise ConfigError(f"{name} = {path!r} must be an absolute path: each API replica reads it")
+
+
+@dataclass(frozen=True, slots=True)
 class ApiConfig:
     """The front door, and what it lets in."""
 
@@ -258,6 +279,9 @@ class ApiConfig:
     """HTTP port, 1 to 65535."""
     grpc_port: int | None = None
     """gRPC port on each machine with an API replica, 1 to 65535, another one than `port`; None = no gRPC."""
+    grpc_tls: TlsConfig | None = None
+    """What gRPC is encrypted with; None = not at all. HTTP goes through Serve's proxy, which speaks no TLS: for HTTPS set a
+    proxy of your own before `port`."""
     num_replicas: int = 1
     """API replicas, at least 1."""
     max_body_bytes: int = 32 * MIB
@@ -278,8 +302,9 @@ class ApiConfig:
     """Deepest nesting of a request body, at least 8: chat messages with tools need that much."""
     request_timeout_s: float = 600.0
     """Deadline of a request that brings none, and the most that one may ask for; more than 0."""
-    default_max_tokens: int = 256
-    """Output tokens of a request that does not say, at least 1."""
+    default_max_tokens: int | None = None
+    """Most output tokens of a request that does not say, at least 1, all rounds of tools together; None = what is left of
+    the context for a chat, 256 for a text without a template, which seldom comes to an end by itself."""
     preprocess_threads: int = 2
     """Threads per API replica that parse and tokenise (and decode, see `decode_processes`), at least 1."""
     decode_processes: int = 1
@@ -300,13 +325,15 @@ class ApiConfig:
     """Whether `media_hosts` may have private and loopback addresses."""
     media_timeout_s: float = 20.0
     """Most that fetching one URL may take, more than 0."""
-    builtin_tools: tuple[Literal["image_zoom_in_tool", "calculator"], ...] = ()
+    builtin_tools: tuple[Literal["image_zoom_in_tool", "calculator", "image_search"], ...] = ()
     """Tools that the server runs itself, offered to the model in chats that say nothing of tools; others ask for them by
     name."""
     max_tool_rounds: int = 6
     """Times that one answer may call such tools and go on, at least 1."""
     max_tool_pixels: int = 16_000_000
     """Pixels of all pictures that they may add to one answer's prompt, as the model sees them; at least 1."""
+    image_search: ImageSearchConfig | None = None
+    """What the tool `image_search` finds; None = it is not on offer."""
     keys_file: str | None = None
     """YAML list of `ApiKey`, an absolute path on each node with an API replica; a change of it counts after a second.
     None = no key is needed."""
@@ -323,6 +350,11 @@ class ApiConfig:
         if not self.host:
             raise ConfigError("host is empty; use 127.0.0.1, or 0.0.0.0 for all interfaces")
         _check_range(self, 1, "port", "grpc_port", high=65535)
+        if self.grpc_tls is not None and self.grpc_port is None:
+            raise ConfigError(
+                "grpc_tls is for gRPC, and grpc_port is not set; set it, or for HTTPS a proxy of your own before port = "
+                f"{self.port}: Serve's speaks no TLS"
+            )
         if self.grpc_port == self.port:
             raise ConfigError(f"grpc_port = {self.grpc_port} is the HTTP port, too; choose another")
         _check_range(
@@ -331,6 +363,8 @@ class ApiConfig:
         _check_range(self, 2, "max_video_frames")
         _check_range(self, 1, "default_max_tokens", "preprocess_threads", "max_tool_rounds", "max_tool_pixels")
         _check_unique("builtin_tools:", self.builtin_tools)
+        if "image_search" in self.builtin_tools and self.image_search is None:
+            raise ConfigError("builtin_tools has image_search, which needs image_search.index and image_search.folder")
         _check_range(self, 0, "max_images", "max_videos", "decode_processes", "media_cache_bytes")
         _check_range(self, 512 * MIB, "decode_memory_bytes")
         _check_range(self, 8, "max_json_depth")
@@ -398,6 +432,18 @@ class ClusterConfig:
         if not self.models:
             raise ConfigError("models is empty; name at least one, for example {preset: tiny, path: FOLDER}")
         _check_unique("model name", [m.name for m in self.models])
+        if self.api.image_search is not None and self.search_model is None:
+            wish = self.api.image_search.model
+            whose = "any served model" if wish is None else f"a served model {wish!r}"
+            raise ConfigError(f"api.image_search compares with the vision pool of {whose}, and there is none")
+
+    @property
+    def search_model(self) -> ModelDeployment | None:
+        """The deployment that compares pictures for `image_search`."""
+        if self.api.image_search is None:
+            return None
+        wish = self.api.image_search.model
+        return next((m for m in self.models if m.has_vision_pool and wish in (None, m.name)), None)
 
     def model(self, name: str) -> ModelDeployment:
         """The deployment that serves `name`.

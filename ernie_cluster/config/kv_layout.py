@@ -50,6 +50,10 @@ class KVLayout:
         """K and V of one token in all layers."""
         return self.block_bytes // self.block_size
 
+    def num_tokens(self, cache_bytes: int) -> int:
+        """Most tokens of one sequence in a cache of this size, whose first block no sequence gets; 0 if there is none."""
+        return max(0, cache_bytes // self.block_bytes - 1) * self.block_size
+
     @classmethod
     def from_model(cls, model: ModelConfig, block_size: int, dtype: str, tp: int = 1) -> KVLayout:
         """Layout on each of `tp` ranks.

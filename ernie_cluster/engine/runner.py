@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ernie_cluster.config.model import ModelConfig
-from ernie_cluster.config.parallel import WHOLE, Shard
+from ernie_cluster.engine.crew import Command, Crew, empty_step, receive
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
+from ernie_cluster.engine.shared_kv import share_kv
 from ernie_cluster.model.build import Role, build_decoder, has_vision_experts, torch_dtype
 from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.decoder import Decoder, no_hook
 from ernie_cluster.model.fill import no_progress
+from ernie_cluster.model.group import ALONE, Group, Place
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.model.weights import load_decoder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runner:
-    """Decoder and KV cache of one replica."""
+    """Decoder and KV cache of one rank, and what the others must know of each step."""
 
     decoder: Decoder
     kv: KVCache
+    crew: Crew = field(default_factory=Crew)
 
     @classmethod
     def load(
@@ -36,28 +39,32 @@ class Runner:
         device: torch.device,
         num_blocks: int,
         block_size: int,
-        shard: Shard = WHOLE,
+        place: Place = ALONE,
         progress: Callable[[int, int], None] = no_progress,
     ) -> Runner:
         """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError.
 
         `progress(bytes done, bytes in all)` is called as they are read.
         """
-        decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device, shard=shard)
+        decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device, shard=place.shard)
         with Checkpoint(folder) as checkpoint:
             has_vision = has_vision_experts(config, role)
             load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
-        return cls.around(decoder, num_blocks=num_blocks, block_size=block_size)
+        decoder.connect(place)
+        return cls.around(decoder, num_blocks=num_blocks, block_size=block_size, place=place)
 
     @classmethod
-    def around(cls, decoder: Decoder, *, num_blocks: int, block_size: int) -> Runner:
-        """A loaded decoder and an empty cache for its KV heads, on its device and in its dtype."""
+    def around(cls, decoder: Decoder, *, num_blocks: int, block_size: int, place: Place = ALONE) -> Runner:
+        """A loaded decoder and an empty cache on its device and in its dtype; ranks of one host share it."""
         c, weight = decoder.config, decoder.embed
+        if place.tp.size > 1 and weight.device.type == "cpu":
+            shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, c.head_dim)
+            return cls(decoder, share_kv(place, shape, weight.dtype), Crew(place))
         num_kv_heads = len(decoder.shard.kv_heads(c.num_kv_heads))
         kv = KVCache.allocate(
             c.num_layers, num_blocks, block_size, num_kv_heads, c.head_dim, weight.dtype, weight.device
         )
-        return cls(decoder, kv)
+        return cls(decoder, kv, Crew(place))
 
     @property
     def device(self) -> torch.device:
@@ -65,5 +72,30 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:
-        """One token per row of logits; K and V of all its tokens are in the cache afterwards."""
+        """One token per row of logits; K and V of all its tokens are in the cache afterwards.
+
+        Raises:
+            GangBroken: another rank is gone.
+        """
+        self.crew.open(step)
         return sample_and_report(self.decoder(step, self.kv, layer_done), rows)
+
+    @torch.inference_mode()
+    def rest(self) -> bool:
+        """Nothing to run here; True if other leaders have work, with which this call has helped."""
+        if not self.crew.rest():
+            return False
+        step = empty_step(self.device)
+        self.crew.join(step)
+        self.decoder(step, self.kv)
+        return True
+
+    @torch.inference_mode()
+    def follow(self, tp: Group) -> None:
+        """Run what the leader of a tensor-parallel group announces, until it says stop; raises GangBroken."""
+        while True:
+            command, step = receive(tp, self.decoder.embed)
+            if command is Command.STOP:
+                return
+            if step is not None:
+                self.decoder(step, self.kv)

@@ -37,6 +37,10 @@ _BLOCKED_WAIT_S = 0.01
 """Pause of an engine that could run nothing, because somebody else holds the blocks that it needs."""
 
 
+_VOTE_WAIT_S = 0.005
+"""Idle engines of a gang with several leaders ask each other this often: so long may a first token wait for them."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """What a worker must know beside its model."""
@@ -286,20 +290,25 @@ class Worker:
         engine, idle_s = self.engine, min(1.0, self.settings.lease_timeout_s / 4)
         try:
             next_sweep = engine.clock() + idle_s
-            did_run = True
+            did_run, are_others_busy = True, False
             while True:
                 with engine.lock:
                     if self._is_stopping:
-                        return
+                        break
                     if not engine.has_work():
-                        engine.lock.wait(idle_s)
+                        if not are_others_busy:
+                            engine.lock.wait(min(idle_s, _VOTE_WAIT_S) if engine.runner.crew.has_peers else idle_s)
                     elif not did_run:
                         engine.lock.wait(_BLOCKED_WAIT_S)
                 if engine.clock() >= next_sweep:
                     self.sweep()
                     next_sweep = engine.clock() + idle_s
                 did_run = engine.step()
+                are_others_busy = not did_run and engine.runner.rest()
+            engine.runner.crew.dismiss()
         except Exception as e:
+            if self._is_stopping:
+                return  # the gang is stopping too, and some of its ranks were faster
             log.exception("the engine stopped")
             self._fail(EngineFailed(f"the engine stopped: {type(e).__name__}: {e}"))
 

@@ -16,7 +16,15 @@ from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import CheckpointError, ContextTooLong, InvalidRequest
 from ernie_cluster.inputs.frames import VideoConfig
 from ernie_cluster.inputs.images import PixelConfig, PreparedMedia
-from ernie_cluster.inputs.messages import MapMedia, Message, PromptLimits, Settings, check_text, read_messages
+from ernie_cluster.inputs.messages import (
+    MapMedia,
+    Message,
+    Picture,
+    PromptLimits,
+    Settings,
+    check_text,
+    read_messages,
+)
 from ernie_cluster.inputs.positions import mrope_positions
 from ernie_cluster.inputs.template import ChatTemplate, Segment
 from ernie_cluster.inputs.thumbnail import thumbnail_url
@@ -104,6 +112,16 @@ class ChatProcessor:
         """See `Tokenizer.token_bytes`."""
         return self.tokenizer.token_bytes(token_id)
 
+    def picture(self, given: Message, *, cache_salt: bytes = b"") -> MediaInput:
+        """A picture by itself, prepared as for a prompt; raises InvalidRequest.
+
+        Args:
+            given: see `Picture.of`.
+            cache_salt: whose it is.
+        """
+        (prepared,) = self.map_media(self._settings(cache_salt), [Picture.of(given, "image_url")])
+        return _placed(prepared, 0)
+
     def thumbnail(self, media: MediaInput) -> str:
         """See `thumbnail_url`."""
         return thumbnail_url(media, self.pixels)
@@ -157,8 +175,7 @@ class ChatProcessor:
             add_generation_prompt=add_generation_prompt,
             max_chars=self.limits.max_prompt_chars,
         )
-        settings = Settings(self.pixels, self.video, self.limits, self.max_model_len, cache_salt)
-        prepared = list(self.map_media(settings, unprepared))
+        prepared = list(self.map_media(self._settings(cache_salt), unprepared))
         ids, media = self._fill_in(segments, prepared)
         self._check_length(len(ids), sampling.max_tokens, "messages")
         return self._request(request_id, ids, media, sampling, timeout_s, cache_salt)
@@ -190,6 +207,9 @@ class ChatProcessor:
         self._check_length(len(ids), sampling.max_tokens, "prompt")
         self._check_ids(ids)
         return self._request(request_id, ids, (), sampling, timeout_s, cache_salt)
+
+    def _settings(self, cache_salt: bytes) -> Settings:
+        return Settings(self.pixels, self.video, self.limits, self.max_model_len, cache_salt)
 
     def _fill_in(
         self, segments: Sequence[Segment], prepared: Sequence[PreparedMedia]

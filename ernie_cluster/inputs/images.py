@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,12 @@ class PixelConfig:
         )
         height, width = smart_resize(size[1], size[0], self.factor, *bounds)
         return width, height
+
+    def at_most(self, max_pixels: int | None) -> PixelConfig:
+        """The same for an image that is shrunk to `max_pixels`, where that is less; None changes nothing."""
+        if max_pixels is None or max_pixels >= self.max_pixels:
+            return self
+        return replace(self, min_pixels=min(self.min_pixels, max_pixels), max_pixels=max_pixels)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> PixelConfig:

@@ -81,7 +81,7 @@ def cached(cache: MediaCache, map_media: MapMedia) -> MapMedia:
 def media_key(settings: Settings, media: Media) -> bytes:
     """SHA-256 over all that the patches depend on, and whose they are; 32 bytes."""
     if isinstance(media, Picture):
-        wishes: tuple[object, ...] = media.regions
+        wishes: tuple[object, ...] = (media.regions, media.max_pixels)
     else:
         wishes = (media.fps, media.min_frames, media.max_frames, media.source_fps)
     is_file = media.content is not None

@@ -80,6 +80,8 @@ class Picture:
     """The file, where the API has fetched it."""
     regions: tuple[Region, ...] = ()
     """What is to be seen of it, where a tool has zoomed in: the region of its region, and so on."""
+    max_pixels: int | None = None
+    """To which it is shrunk, where a tool has found it; None = to what the model takes."""
     kind: ClassVar[MediaKind] = "image"
 
     def prepare(self, settings: Settings) -> PreparedMedia:
@@ -89,7 +91,17 @@ class Picture:
             mime, data = parse_data_url(self.url, max_bytes=limits.max_bytes)
             if not mime.startswith("image/"):
                 raise InvalidRequest(f"the data URL is of type {mime}; send an image", code="invalid_image")
-        return prepare_image(data, settings.pixels, limits, self.regions)
+        return prepare_image(data, settings.pixels.at_most(self.max_pixels), limits, self.regions)
+
+    @classmethod
+    def of(cls, given: Message, param: str) -> Picture:
+        """Of an `image_url` of messages.
+
+        Args:
+            given: `url`, and maybe `content`, `regions` and `max_pixels`.
+            param: where it stands.
+        """
+        return cls(param, given["url"], given.get("content"), given.get("regions", ()), given.get("max_pixels"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +249,7 @@ def _read_part(
         raise InvalidRequest(f"{model} reads text only; leave pictures and videos out", param)
     given = part[kind]
     if kind == "image_url":
-        media.append(Picture(f"{param}.{kind}", given["url"], given.get("content"), given.get("regions", ())))
+        media.append(Picture.of(given, f"{param}.{kind}"))
         return {"type": part_types["image"]}
     wishes = (given.get(name) for name in ("fps", "min_frames", "max_frames", "source_fps", "content"))
     media.append(Video(f"{param}.{kind}", given["url"], *wishes))

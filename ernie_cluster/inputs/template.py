@@ -130,7 +130,7 @@ class ChatTemplate:
         self._controls = re.compile("|".join(map(re.escape, controls)))
         self._first_letters = "".join(sorted({text[0] for text in controls}))
         self._variables = dict(variables or {})
-        self._source = source
+        self._letters = frozenset(source)
         self.part_types: Mapping[MediaKind, str] = {kind: _part_type(kind, source) for kind in ("image", "video")}
         """How this template spells the types of pictures and videos among a message's parts."""
         try:
@@ -184,14 +184,14 @@ class ChatTemplate:
         if enable_thinking is not None:
             context["enable_thinking"] = enable_thinking
         masked = self._run(context, max_chars)
-        return self._split(masked, masked.translate({mask: letter for letter, mask in masks.items()}))
+        return self._split(masked, _translate(masked, {mask: letter for letter, mask in masks.items()}))
 
-    def _masks(self, *inputs: object) -> dict[int, int]:
+    def _masks(self, *inputs: object) -> dict[str, str]:
         """For each first letter of a control token a private-use letter that the inputs and the template lack."""
-        used = set(self._source).union(*(text for value in inputs for text in _strings(value)))
-        free = (code for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+        used = self._letters.union(*(text for value in inputs for text in _strings(value) if not text.isascii()))
+        free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
         try:
-            return {ord(letter): next(free) for letter in self._first_letters}
+            return {letter: next(free) for letter in self._first_letters}
         except StopIteration:
             raise InvalidRequest("the messages hold every private-use letter of Unicode", "messages") from None
 
@@ -231,6 +231,18 @@ class ChatTemplate:
         return [segment for segment in segments if segment.text]
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The library's, but quicker to look into a message: it would ask a dict for an attribute first, and fail."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+
+
 def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -238,9 +250,7 @@ def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
     def to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = to_json  # Jinja's own escapes for HTML
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda spelling: now().strftime(spelling)
@@ -264,9 +274,16 @@ def _strings(value: object) -> Iterable[str]:
             yield from _strings(inner)
 
 
-def _mask(value: Any, masks: Mapping[int, int]) -> Any:
+def _translate(text: str, letters: Mapping[str, str]) -> str:
+    """`str.translate`, which is slow, for letters none of which becomes another one of them."""
+    for letter, other in letters.items():
+        text = text.replace(letter, other)
+    return text
+
+
+def _mask(value: Any, masks: Mapping[str, str]) -> Any:
     if isinstance(value, str):
-        return value.translate(masks)
+        return _translate(value, masks)
     if isinstance(value, Mapping):
         return {_mask(key, masks): _mask(inner, masks) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -274,13 +291,13 @@ def _mask(value: Any, masks: Mapping[int, int]) -> Any:
     return value
 
 
-def _mask_message(message: Mapping[str, Any], masks: Mapping[int, int]) -> dict[str, Any]:
+def _mask_message(message: Mapping[str, Any], masks: Mapping[str, str]) -> dict[str, Any]:
     """Masked all over, but for reasoning marks in the assistant's own text: templates look for them there."""
     masked: dict[str, Any] = _mask(message, masks)
     content = masked.get("content")
     if message.get("role") == "assistant" and isinstance(content, str):
         for mark in _REASONING_MARKUP:
-            content = content.replace(mark.translate(masks), mark)
+            content = content.replace(_translate(mark, masks), mark)
         masked["content"] = content
     return masked
 

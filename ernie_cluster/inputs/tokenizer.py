@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from ernie_cluster.errors import CheckpointError
+from ernie_cluster.inputs.words import WordEncoder, word_pattern
 
 MARKUP = frozenset(
     f"<{slash}{name}>" for name in ("think", "response", "tool_call", "tool_list", "tool_output") for slash in ("", "/")
@@ -24,6 +26,13 @@ _TAG = re.compile(r"<[^<>\s]+>")
 _PIPED_TAG = re.compile(r"<\|[^<>\s]+\|>")
 _REPLACEMENT = "\ufffd"
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+_ANY_TEXT, _NO_TEXT, _LIKE_BYTE_PIECE = re.compile(""), re.compile("(?!)"), re.compile("<0x")
+_FALLBACK_STEPS = [
+    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+"""Decoder of the vocabularies that SentencePiece models become."""
 
 
 class Tokenizer:
@@ -34,14 +43,16 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        spec = json.loads(backend.to_str())
         self._backend = backend
+        self._words = WordEncoder(backend, word_pattern(spec))
         added = {
             i: t for i, t in backend.get_added_tokens_decoder().items() if len(t.content) > 1
         }  # digits steer nothing
         # by spelling, too: converted SentencePiece models do not mark their user-defined symbols as special
         controls = {i: token.content for i, token in added.items() if token.special or _TAG.fullmatch(token.content)}
         self._controls = controls
-        self._plain = _without_added_tokens(backend, set(controls.values()))
+        self._plain = _without_added_tokens(spec, set(controls.values()))
         self.special_ids = frozenset(
             i for i, text in controls.items() if text not in MARKUP and (added[i].special or _PIPED_TAG.fullmatch(text))
         )
@@ -49,7 +60,9 @@ class Tokenizer:
         self.control_texts = frozenset(controls.values())
         """Spelling of every token that steers the model, `MARKUP` included."""
         self._added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
-        self._spells_bytes = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
+        self._spells_bytes = '"ByteLevel"' in json.dumps(spec["decoder"])
+        self.own_texts: Mapping[int, str] = _OwnTexts(backend, spec["decoder"])
+        """By id: the text of a token that reads the same behind any whole characters; "" for all others."""
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -85,7 +98,7 @@ class Tokenizer:
             allow_special: spellings of control tokens become those tokens; else they are encoded like any text.
         """
         if allow_special:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            return self._words.encode(text)
         ids: list[int] = []
         for i in self._plain.encode(text, add_special_tokens=False).ids:
             if i in self._controls:  # the vocabulary itself can spell a control token: letter by letter it cannot
@@ -133,6 +146,28 @@ def _byte_letters() -> dict[str, int]:
 _BYTE_OF_LETTER = _byte_letters()
 
 
+class _OwnTexts(dict[int, str]):
+    """See `Tokenizer.own_texts`; fills as it is asked.
+
+    In a byte-level vocabulary all tokens but parts of characters have a text of their own, in one with a token for each
+    byte all but these. Of decoders of another kind nothing is known.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, decoder: Mapping[str, Any] | None) -> None:
+        super().__init__()
+        self._backend = backend
+        steps = [] if decoder is None else decoder.get("decoders", [decoder])
+        is_byte_level = [step["type"] for step in steps] == ["ByteLevel"]
+        self._dependent = _NO_TEXT if is_byte_level else _LIKE_BYTE_PIECE if steps == _FALLBACK_STEPS else _ANY_TEXT
+
+    def __missing__(self, token_id: int) -> str:
+        piece = self._backend.id_to_token(token_id)
+        text = ""
+        if piece is not None and not self._dependent.match(piece):
+            text = str(self._backend.decode([token_id], skip_special_tokens=False))
+        return self.setdefault(token_id, "" if _REPLACEMENT in text else text)
+
+
 class IncrementalDecoder:
     """Text of one answer, given out as its tokens arrive.
 
@@ -154,7 +189,7 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._hidden = tokenizer.special_ids if skip_special else frozenset[int]()
         self._window: list[int] = []
         self._num_context = 0
         self._num_given = 0
@@ -162,7 +197,7 @@ class IncrementalDecoder:
 
     def push(self, ids: Sequence[int]) -> str:
         """Take new tokens; returns the text that is complete now, possibly empty. Cost: a few tokens' decode for each."""
-        return "".join(self._push(i) for i in self._tokenizer.visible(ids, self._skip_special))
+        return "".join([self._push(i) for i in ids])
 
     def flush(self) -> str:
         """The rest, a broken character as U+FFFD; afterwards the decoder is as new."""
@@ -171,6 +206,15 @@ class IncrementalDecoder:
         return rest
 
     def _push(self, token_id: int) -> str:
+        if token_id in self._hidden:
+            return ""
+        if len(self._window) == self._num_context:  # nothing is pending
+            own = self._tokenizer.own_texts[token_id]
+            if own:
+                self._window, self._num_context, self._num_given = [token_id], 1, len(own)
+                return own
+        if not self._tokenizer.visible((token_id,), skip_special=False):
+            return ""
         self._window.append(token_id)
         text = self._decode()
         whole = text.rstrip(_REPLACEMENT)
@@ -203,11 +247,10 @@ class IncrementalDecoder:
         return self._tokenizer.decode(self._window, skip_special=False)
 
 
-def _without_added_tokens(backend: tokenizers.Tokenizer, texts: set[str]) -> tokenizers.Tokenizer:
-    """The same tokenizer, to which the given added tokens are ordinary text."""
-    raw = json.loads(backend.to_str())
-    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] not in texts]
-    plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(json.dumps(raw))
+def _without_added_tokens(spec: Mapping[str, Any], texts: set[str]) -> tokenizers.Tokenizer:
+    """The tokenizer of this tokenizer.json, but the given added tokens are ordinary text."""
+    others = [token for token in spec["added_tokens"] if token["content"] not in texts]
+    plain: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": others}))
     return plain
 
 

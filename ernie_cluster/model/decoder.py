@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ernie_cluster.config.model import TextConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import ConfigError
+from ernie_cluster.model.group import ALONE, Place
 from ernie_cluster.model.moe import GatedMLP, SparseMLP, empty_weight
 from ernie_cluster.model.ops import TorchOps
 from ernie_cluster.model.rope import TextRope
@@ -29,7 +30,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: TextConfig, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE) -> None:
         super().__init__()
-        self.ops, self.num_heads = ops, shard.share_of(config.num_heads)
+        self.ops, self.num_heads, self.tp = ops, shard.share_of(config.num_heads), ALONE.tp
         num_kv_heads = len(shard.kv_heads(config.num_kv_heads))
         self.qkv = empty_weight(
             (self.num_heads + 2 * num_kv_heads) * config.head_dim, config.hidden_size, dtype=dtype
@@ -41,7 +42,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.ops.linear(x_TD, self.qkv)
         q = self.ops.rotate_and_store(qkv, cos_TF, sin_TF, step.slots_T, pages, self.num_heads)
-        return self.ops.linear(self.ops.attention(q, pages, step), self.out)
+        return self.tp.add(self.ops.linear(self.ops.attention(q, pages, step), self.out))
 
 
 class DecoderLayer(nn.Module):
@@ -58,7 +59,7 @@ class DecoderLayer(nn.Module):
         shard: Shard = WHOLE,
     ) -> None:
         super().__init__()
-        self.ops, self.eps = ops, config.rms_norm_eps
+        self.ops, self.eps, self.tp = ops, config.rms_norm_eps, ALONE.tp
         self.input_norm = empty_weight(config.hidden_size, dtype=dtype)
         self.attention = Attention(config, dtype, ops, shard)
         self.post_attention_norm = empty_weight(config.hidden_size, dtype=dtype)
@@ -80,7 +81,13 @@ class DecoderLayer(nn.Module):
         x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.input_norm, self.eps)
         x_TD = self.attention(x_TD, cos_TF, sin_TF, pages, step)
         x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.post_attention_norm, self.eps)
-        return self.mlp(x_TD, step.is_vision_T), residual_TD
+        return self.tp.add(self.mlp(x_TD, step.is_vision_T)), residual_TD
+
+    def connect(self, place: Place) -> None:
+        """Add up with the peers of a gang."""
+        self.tp = self.attention.tp = place.tp
+        if isinstance(self.mlp, SparseMLP):
+            self.mlp.connect(place)
 
 
 class Decoder(nn.Module):
@@ -113,6 +120,13 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.head = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
         self._rope: TextRope | None = None
+
+    def connect(self, place: Place) -> None:
+        """Run together with the other ranks of a gang from now on; each calls `forward` as often as all others."""
+        assert place.shard == self.shard, f"built for {self.shard}, placed at {place.shard}"
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.connect(place)
 
     def forward(self, step: StepInput, kv: KVCache, layer_done: Callable[[int], None] = no_hook) -> Tensor:
         """Logits of the wanted rows, float32 [R, V]; K and V of all tokens are written to `kv`.

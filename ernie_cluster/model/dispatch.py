@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ernie_cluster.config.parallel import ParallelDims, expert_places
 from ernie_cluster.model.group import Place
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 
@@ -25,6 +26,12 @@ class ExpertMap:
     """int64 [E, C]: the rank of each copy; columns beyond an expert's last copy repeat the first ones."""
     local_EC: Tensor
     """int64 [E, C]: its index among that rank's experts: text experts first, then vision experts."""
+
+    @classmethod
+    def dealt(cls, num_experts: int, num_pools: int, dims: ParallelDims) -> ExpertMap:
+        """One copy each, where `expert_places` puts it."""
+        places = torch.tensor(expert_places(num_experts, num_pools, dims))
+        return cls(places[:, :1], places[:, 1:])
 
     def locate(self, ids_TK: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
         """(rank, local index), int64 [T, K] each; neighbouring tokens use different copies."""
@@ -60,7 +67,7 @@ class ReplicatedDispatcher:
     ) -> Tensor:
         rank_TK, local_TK = self.experts.locate(ids_TK)
         nowhere = sum(pool.num_experts for pool in pools)
-        return ops.experts(x_TD, pools, local_TK.masked_fill(rank_TK != self._place.rank, nowhere), weights_TK)
+        return ops.experts(x_TD, pools, local_TK.masked_fill(rank_TK != self._place.shard.rank, nowhere), weights_TK)
 
 
 class AllToAllDispatcher:
@@ -95,7 +102,7 @@ class AllToAllDispatcher:
 
     def _share(self, num_tokens: int) -> tuple[int, int]:
         """First and last + 1 of the rows that this rank sends."""
-        tp, i = self._place.dims.tp, self._place.coordinates.tp_rank
+        tp, i = self._place.shard.dims.tp, self._place.shard.tp_rank
         return num_tokens * i // tp, num_tokens * (i + 1) // tp
 
 
@@ -104,6 +111,7 @@ Dispatcher = LocalDispatcher | ReplicatedDispatcher | AllToAllDispatcher
 
 def choose_dispatcher(place: Place, experts: ExpertMap) -> Dispatcher:
     """By the shape of the gang."""
-    if place.dims.world == 1:
+    dims = place.shard.dims
+    if dims.world == 1:
         return LocalDispatcher()
-    return ReplicatedDispatcher(place, experts) if place.dims.dp == 1 else AllToAllDispatcher(place, experts)
+    return ReplicatedDispatcher(place, experts) if dims.dp == 1 else AllToAllDispatcher(place, experts)

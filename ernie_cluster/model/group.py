@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
 
-from ernie_cluster.config.parallel import Coordinates, ParallelDims
+from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import GangBroken
 
 
@@ -107,32 +107,33 @@ class _told:
 class Place:
     """One rank's place in its gang."""
 
-    dims: ParallelDims = ParallelDims()
-    rank: int = 0
+    shard: Shard = WHOLE
+    """Its number, and what it holds."""
     tp: Group = field(default_factory=Alone)
     """Ranks with the same tokens, each with a share of the heads and columns."""
+    dp: Group = field(default_factory=Alone)
+    """Ranks with the same share and other tokens."""
     ep: Group = field(default_factory=Alone)
     """All ranks of the gang, each with a share of the experts."""
 
-    @property
-    def coordinates(self) -> Coordinates:
-        return self.dims.coordinates(self.rank)
+
+ALONE = Place()
 
 
-def open_store(host: str, timeout_s: float) -> distributed.TCPStore:
+def open_store(host: str, timeout_s: float) -> Any:
     """Where the ranks of a new gang find each other, on a port that the system chooses (`.port`)."""
-    return distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
 
 
-def join(
-    store: distributed.Store | tuple[str, int], dims: ParallelDims, rank: int, device: torch.device, timeout_s: float
-) -> Place:
+def join(store: Any, shard: Shard, device: torch.device, timeout_s: float) -> Place:
     """Take a place in a gang; returns once all ranks are there. A process can be in one gang.
 
     Args:
         store: made by `open_store`, or its (host, port).
-        rank: of this process, below `dims.world`.
-        device: decides the library: NCCL for GPUs, else gloo.
+        shard: what this process holds.
+        device: decides the library of its tensors: NCCL for GPUs; gloo on CPU, where commands travel in any case.
         timeout_s: of this call and of every collective later.
 
     Raises:
@@ -141,16 +142,27 @@ def join(
     bound = timedelta(seconds=timeout_s)
     with _told():
         if isinstance(store, tuple):
-            store = distributed.TCPStore(*store, is_master=False, timeout=bound)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=dims.world, timeout=bound)
+            store = distributed.TCPStore(  # type: ignore[attr-defined]
+                store[0], store[1], is_master=False, timeout=bound
+            )
+        dims, backend = shard.dims, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=store, rank=shard.rank, world_size=dims.world, timeout=bound)
         rows = [[dims.rank(dp, tp) for tp in range(dims.tp)] for dp in range(dims.dp)]
-        handle, _ = distributed.new_subgroups_by_enumeration(rows, timeout=bound)
-    world = distributed.group.WORLD
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        world, tp, dp = distributed.group.WORLD, _subgroup(rows, bound), _subgroup(columns, bound)
     assert world is not None
+    return Place(shard, tp, dp, TorchGroup(world) if dims.world > 1 else Alone())
+
+
+def _subgroup(ranks: list[list[int]], bound: timedelta) -> Group:
+    """The one of these groups, all of one size, that this process is in."""
+    if len(ranks[0]) == 1:
+        return Alone()
+    handle, _ = distributed.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+        ranks, timeout=bound
+    )
     assert handle is not None
-    tp: Group = TorchGroup(handle) if dims.tp > 1 else Alone()
-    return Place(dims, rank, tp, TorchGroup(world) if dims.world > 1 else Alone())
+    return TorchGroup(handle)
 
 
 def leave() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ernie_cluster.config.model import ExpertPool, TextConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
+from ernie_cluster.model.dispatch import Dispatcher, ExpertMap, LocalDispatcher, choose_dispatcher
+from ernie_cluster.model.group import Place
 from ernie_cluster.model.ops import ExpertWeights, TorchOps, choose_experts
 
 
@@ -86,10 +88,19 @@ class SparseMLP(nn.Module):
         self._weights = [e.weights for e in experts]
         width = shard.share_of(config.shared_intermediate_size)
         self.shared = GatedMLP(config.hidden_size, width, dtype, ops) if width else None
+        self._dispatch: Dispatcher = LocalDispatcher()
+
+    def connect(self, place: Place) -> None:
+        """Send tokens to the experts of the gang's other ranks, too."""
+        router = self.router
+        with torch.device(router.weight.device):
+            experts = ExpertMap.dealt(router.num_experts, router.num_pools, place.shard.dims)
+        self._dispatch = choose_dispatcher(place, experts)
 
     def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> Tensor:
+        """This rank's addend of [T, D]; the sum over tp is the layer's output."""
         ids_TK, weights_TK = self.router(x_TD, is_vision_T)
-        out = self.ops.experts(x_TD, self._weights, ids_TK, weights_TK)
+        out = self._dispatch(self.ops, x_TD, self._weights, ids_TK, weights_TK)
         return out if self.shared is None else out + self.shared(x_TD, is_vision_T)
 
 

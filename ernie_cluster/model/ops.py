@@ -79,7 +79,7 @@ class TorchOps:
         """
         k_pages, v_pages = pages
         num_kv_heads, head_dim = k_pages.shape[2:]
-        heads = qkv_TX.view(qkv_TX.shape[0], -1, head_dim)
+        heads = qkv_TX.view(qkv_TX.shape[0], num_heads + 2 * num_kv_heads, head_dim)
         turned = rotate_interleaved(heads[:, : num_heads + num_kv_heads], cos_TF, sin_TF)
         k_pages.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, turned[:, num_heads:])
         v_pages.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, heads[:, num_heads + num_kv_heads :])
@@ -95,6 +95,8 @@ class TorchOps:
             length = step.query_lens[i]
             parts.append(self._chunk_attention(q_THD[row : row + length], pages, step, i))
             row += length
+        if not parts:  # a rank without tokens, whose peers have some
+            return q_THD.flatten(1)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def decode_attention(self, q_BHD: Tensor, pages: tuple[Tensor, Tensor], step: StepInput) -> Tensor:

@@ -40,7 +40,7 @@ class TextRope:
 
 def rotate_interleaved(x_THD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Turn the pairs (x[2i], x[2i+1]); float32 inside, dtype of x outside. [T, heads, head_dim]."""
-    pairs = torch.view_as_complex(x_THD.float().reshape(*x_THD.shape[:-1], -1, 2))
+    pairs = torch.view_as_complex(x_THD.float().reshape(*x_THD.shape[:-1], x_THD.shape[-1] // 2, 2))
     turned = pairs * torch.complex(cos_TF, sin_TF)[:, None]
     return torch.view_as_real(turned).flatten(-2).to(x_THD.dtype)
 

@@ -50,15 +50,16 @@ class KVCache:
     """K and V of all layers in fixed blocks.
 
     `data` is [layers, 2, num_blocks, block_size, kv_heads, head_dim]. Block 0 is never given to a sequence: padding
-    points there.
+    points there. Ranks of one host share the memory; each computes on the `heads` that are its own.
     """
 
     data: Tensor
+    heads: slice = field(default_factory=lambda: slice(None))
     _layers: tuple[tuple[Tensor, Tensor], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         # made once: views cost microseconds, and kernels may know them again
-        object.__setattr__(self, "_layers", tuple((pages[0], pages[1]) for pages in self.data))
+        object.__setattr__(self, "_layers", tuple((k[:, :, self.heads], v[:, :, self.heads]) for k, v in self.data))
 
     @classmethod
     def allocate(

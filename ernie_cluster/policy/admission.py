@@ -89,7 +89,7 @@ def admit(
     never = never_fits(demand, replicas)
     if never is not None:
         return never
-    usable = [r for r in replicas if r.model == demand.model and r.is_usable and r.replica_id not in exclude]
+    usable = _usable(demand, replicas, exclude)
     roomy = [r for r in usable if has_room(r, demand, limits)]
     found = Candidates(
         vision=tuple(r for r in roomy if r.role == "vision" and demand.num_media),
@@ -102,6 +102,25 @@ def admit(
     short = [role for role in _wanted(demand, replicas) if not getattr(found, role)]
     reasons = "; ".join(_shortage(role, demand, usable, limits) for role in short)
     return Refusal(f"{demand.model!r}: {reasons}", limits.retry_after_s)
+
+
+def admit_encoder(
+    demand: Demand,
+    replicas: Collection[ReplicaSnapshot],
+    limits: RouterConfig,
+    *,
+    exclude: Collection[str] = frozenset(),
+) -> tuple[ReplicaSnapshot, ...] | Refusal:
+    """Vision replicas with room for pictures of which nothing but a vector is wanted; arguments as of `admit`."""
+    usable = _usable(demand, replicas, exclude)
+    roomy = tuple(r for r in usable if r.role == "vision" and has_room(r, demand, limits))
+    if roomy:
+        return roomy
+    return Refusal(f"{demand.model!r}: {_shortage('vision', demand, usable, limits)}", limits.retry_after_s)
+
+
+def _usable(demand: Demand, replicas: Iterable[ReplicaSnapshot], exclude: Collection[str]) -> list[ReplicaSnapshot]:
+    return [r for r in replicas if r.model == demand.model and r.is_usable and r.replica_id not in exclude]
 
 
 def _wanted(demand: Demand, replicas: Iterable[ReplicaSnapshot]) -> list[Role]:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ernie_cluster.config.cluster import RouterConfig
-from ernie_cluster.policy.admission import Candidates, Refusal, admit, blocks_needed
+from ernie_cluster.policy.admission import Candidates, Refusal, admit, admit_encoder, blocks_needed
 from ernie_cluster.policy.snapshot import Demand, Promise, ReplicaSnapshot
 
 
@@ -79,6 +79,27 @@ def choose_path(
         reasons=tuple(reasons),
         promises=tuple(promises),
     )
+
+
+def choose_encoder(
+    model: str,
+    num_tokens: int,
+    replicas: Collection[ReplicaSnapshot],
+    limits: RouterConfig,
+    *,
+    exclude: Collection[str] = frozenset(),
+) -> Promise | Refusal:
+    """Pick the vision replica for a picture that belongs to no prompt, or refuse; what is to be booked names it.
+
+    Args:
+        num_tokens: that the picture would take in a prompt.
+        replicas, exclude: as of `choose_path`.
+    """
+    demand = Demand(model, num_tokens, max_tokens=1, num_media=1, media_tokens=num_tokens)
+    roomy = admit_encoder(demand, replicas, limits, exclude=exclude)
+    if isinstance(roomy, Refusal):
+        return roomy
+    return Promise(min(roomy, key=_queue_rank).replica_id, media_tokens=num_tokens)
 
 
 def _choose_engines(candidates: Candidates) -> tuple[ReplicaSnapshot, ReplicaSnapshot]:

@@ -145,12 +145,12 @@ def draw_sign(rng: random.Random, number: str) -> tuple[Picture, Question]:
     boxes = place(rng, size, len(kinds) + 1, 100, 230)
     picture = draw_scene(rng, drop, kinds, boxes[1:], is_worn=False)
     x0, y0, x1, y1 = boxes[0]
-    height = rng.uniform(15.0, 19.0) * max(size) / 640
+    height = rng.uniform(17.0, 22.0) * max(size) / 640
     width, tall = plate_size(rng, number, height)
     left = min(max(rng.uniform(x0, max(x1 - width, x0 + 1)), 2.0), size[0] - width - 2)
     top = rng.uniform(y0, y1 - tall)
     plate = (left, top, left + width, top + tall)
-    sign = draw_plate(rng, picture.image, drop, number, plate, height)
+    sign, _ = draw_plate(rng, picture.image, drop, number, plate, height)
     image = grainy(rng, picture.image, rng.uniform(1, 5)) if rng.random() < 0.3 else picture.image
     picture = Picture(image, (*picture.things, sign))
     text = spoken(rng, rng.choice(phrases.SIGN["en"]), "en")
@@ -163,12 +163,15 @@ def plate_size(rng: random.Random, number: str, height: float) -> tuple[float, f
     return len(number) * height * 0.75 + height * rng.uniform(1.0, 1.6), height * rng.uniform(1.6, 2.0)
 
 
-def draw_plate(rng: random.Random, image: Image.Image, drop: Backdrop, number: str, plate: Box, height: float) -> Thing:
-    """A framed plate with digits on it."""
+def draw_plate(
+    rng: random.Random, image: Image.Image, drop: Backdrop, number: str, plate: Box, height: float
+) -> tuple[Thing, tuple[Thing, ...]]:
+    """A framed plate with digits on it: the whole, and the digits."""
     paper = [c for c in ("white", "yellow", "black", "blue") if drop.is_seen(c)]
     is_light = (name := rng.choice(paper)) in ("white", "yellow")
     ink = COLOURS["black" if is_light else "white"][0]
     ImageDraw.Draw(image).rectangle(plate, COLOURS[name][0], outline=ink)
     centre = ((plate[0] + plate[2]) / 2, (plate[1] + plate[3]) / 2)
-    draw_text(rng, image, number, ink, centre, height, max_width=0.85 * (plate[2] - plate[0]), is_upright=True)
-    return Thing("sign", name, plate)
+    width = 0.85 * (plate[2] - plate[0])
+    digits = draw_text(rng, image, number, ink, centre, height, max_width=width, is_upright=True)
+    return Thing("sign", name, plate), digits

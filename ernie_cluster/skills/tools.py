@@ -23,7 +23,7 @@ Tool = Definition
 CALCULATOR, ZOOM = calculator.CALCULATOR, zoom.ZOOM
 """Servers may run these two themselves: samples offer the very same."""
 
-_REGION = 0.26
+_REGION = 0.32
 """Share of either side that samples zoom into."""
 
 WEATHER = function("get_weather", "Tells the weather in a city.", {"city": {"type": "string"}}, ["city"])
@@ -126,10 +126,15 @@ def ask_weather(rng: random.Random) -> tuple[Question, ToolCall]:
     return Question(text, weather(city), "I look up the weather."), ToolCall("get_weather", {"city": city})
 
 
-def zoom_call(target: Box) -> ToolCall:
-    """Frames a small target with much around it: a region of one size, within the picture."""
+def zoom_call(target: Box, shift: tuple[float, float] = (0.0, 0.0)) -> ToolCall:
+    """Frames a small target with much around it: a region of one size, within the picture.
+
+    Args:
+        shift: fractions of the sides by which the region lies beside the target's middle.
+    """
     x0, y0, x1, y1 = target
-    left, top = (min(max(0.0, middle - _REGION / 2), 1 - _REGION) for middle in ((x0 + x1) / 2, (y0 + y1) / 2))
+    middles = ((x0 + x1) / 2 + shift[0], (y0 + y1) / 2 + shift[1])
+    left, top = (min(max(0.0, middle - _REGION / 2), 1 - _REGION) for middle in middles)
     box = bbox_2d((left, top, left + _REGION, top + _REGION))
     return ToolCall("image_zoom_in_tool", {"bbox_2d": box, "label": "sign"})
 

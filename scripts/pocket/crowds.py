@@ -17,6 +17,9 @@ from ernie_cluster.skills.words import COLOURS, WORDS
 _CONTRAST = 260.0
 """As where single numbers are written."""
 
+_LARGEST_ON_PLATE = 20.0
+"""Pixels: height of digits."""
+
 
 def draw_crowd(seed: int) -> Picture:
     """A full picture; the same for the same seed."""
@@ -49,10 +52,10 @@ def _signs(rng: random.Random, image: Image.Image, drop: Backdrop) -> list[Thing
     """A few plates as small as those on large pictures that are shrunk."""
     out = []
     for _ in range(rng.randint(1, 3)):
-        number, height = str(rng.randint(10, 9999)), rng.uniform(3.5, 5.5)
+        number, height = str(rng.randint(10, 9999)), rng.uniform(4.0, 6.0)
         width, tall = plate_size(rng, number, height)
         x, y = rng.uniform(1, image.width - width - 1), rng.uniform(1, image.height - tall - 1)
-        out.append(draw_plate(rng, image, drop, number, (x, y, x + width, y + tall), height))
+        out.append(draw_plate(rng, image, drop, number, (x, y, x + width, y + tall), height)[0])
     return out
 
 
@@ -68,6 +71,10 @@ def _lines(rng: random.Random) -> Picture:
         room = height * 1.45
         if top + room > size[1] and things:
             return Picture(worn(rng, drop.image), tuple(things))
+        if height < _LARGEST_ON_PLATE and rng.random() < 0.3:
+            things += _plate(rng, drop, top, height)
+            top += 2 * height + 4
+            continue
         text = _text(rng, max(1, int(size[0] / (height * 0.95))))
         centre = (size[0] / 2 + rng.uniform(-4, 4), top + room / 2)
         ink = COLOURS[rng.choice(colours)][0]
@@ -75,6 +82,14 @@ def _lines(rng: random.Random) -> Picture:
             rng, drop.image, text, ink, centre, height, max_width=size[0] - 12, is_upright=rng.random() < 0.5
         )
         top += room
+
+
+def _plate(rng: random.Random, drop: Backdrop, top: float, height: float) -> tuple[Thing, ...]:
+    """The digits on a plate at that height."""
+    number = "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 4)))
+    width, tall = plate_size(rng, number, height)
+    left = rng.uniform(1, max(2.0, drop.image.width - width - 1))
+    return draw_plate(rng, drop.image, drop, number, (left, top, left + width, top + tall), height)[1]
 
 
 def _text(rng: random.Random, length: int) -> str:

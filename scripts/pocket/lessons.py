@@ -179,12 +179,18 @@ def _look_with_tools(rng: random.Random) -> Group:
     return [replace(s, tools=tuple(offered)) for s in rng.choice((_scene, _read))(rng)[:4]]
 
 
+_MISSED = 0.07
+"""By how much the region that was zoomed into may lie beside the sign: the model does not hit its middle either."""
+
+
 def _zoom(rng: random.Random) -> Group:
     picture, question = reading.draw_sign(rng, str(rng.randint(10, 9999)))
     assert question.target is not None
     offered = catalog.offer(rng, tools.ZOOM)
     new = sample(rng, "zoom", "en", [picture], question, offered=offered, call=tools.zoom_call(question.target))
-    return [new, *_called(rng, new)]
+    shift = rng.uniform(-_MISSED, _MISSED), rng.uniform(-_MISSED, _MISSED)
+    missed = replace(new, tool_call=tools.zoom_call(question.target, shift))
+    return [new, *_called(rng, missed)]
 
 
 def _zoom_blind(rng: random.Random) -> Group:
@@ -201,18 +207,18 @@ def _talk(rng: random.Random) -> Group:
 
 
 _MIXTURE: Mapping[str, tuple[float, Callable[[random.Random], Group]]] = {
-    "scene": (0.38, _scene),
-    "read": (0.19, _read),
-    "sum": (0.08, _sum),
-    "typed_sum": (0.03, _typed_sum),
-    "compare": (0.08, _compare),
-    "motion": (0.07, _motion),
-    "typed_tool": (0.04, _typed_tool),
+    "scene": (0.36, _scene),
+    "read": (0.18, _read),
+    "sum": (0.10, _sum),
+    "typed_sum": (0.07, _typed_sum),
+    "compare": (0.07, _compare),
+    "motion": (0.06, _motion),
+    "typed_tool": (0.03, _typed_tool),
     "drawn_tool": (0.03, _drawn_tool),
-    "look_with_tools": (0.02, _look_with_tools),
-    "zoom": (0.05, _zoom),
+    "look_with_tools": (0.01, _look_with_tools),
+    "zoom": (0.08, _zoom),
     "zoom_blind": (0.01, _zoom_blind),
-    "talk": (0.02, _talk),
+    "talk": (0.01, _talk),
 }
 """Name -> share of the groups, and how one is drawn."""
 

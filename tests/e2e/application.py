@@ -195,8 +195,8 @@ class Application:
         for model in self.config.models:
             for pool in model.pools:
                 found = len(self.replicas(model.name, pool.role))
-                if found != pool.num_replicas:
-                    return f"{found} of {pool.num_replicas} {pool.role} replicas of {model.name}"
+                if found != (wanted := pool.num_replicas * pool.dp):
+                    return f"{found} of {wanted} {pool.role} replicas of {model.name}"
         return ""
 
 

@@ -1,8 +1,10 @@
-"""One application for the whole folder: three models, each in its own arrangement of pools, on one local Ray.
+"""One application for the whole folder: several models, each in its own arrangement of pools, on one local Ray.
 
-tiny     vision, prefill, two decode replicas   the disaggregated way
-mixed    vision, mixed                          the same checkpoint without a hand-over
-small    mixed, 24 KV blocks of 16 tokens       to be over capacity soon
+tiny          vision, prefill, two decode replicas   the disaggregated way
+mixed         vision, mixed                          the same checkpoint without a hand-over
+small         mixed, 24 KV blocks of 16 tokens       to be over capacity soon
+gang          vision, prefill tp 2, decode dp 2      the first one's answers from replicas of several ranks
+ernie-pocket  vision, prefill, decode                the packaged model, where it is there: answers that can be right
 """
 
 from __future__ import annotations
@@ -12,12 +14,18 @@ from collections.abc import Iterator
 
 import pytest
 
+from ernie_cluster.cli.local import is_packaged
 from ernie_cluster.config.cluster import MIB, ApiConfig, ClusterConfig, ModelDeployment, PoolConfig, RouterConfig
-from ernie_cluster.config.presets import PRESETS
+from ernie_cluster.config.presets import POCKET, PRESETS
 from tests.tiny import tiny_folder
 
 START_TIMEOUT_S = 300.0
 SMALL_BLOCKS = 24
+GANG_POOLS = (
+    PoolConfig("vision", num_cpus=0.1),
+    PoolConfig("prefill", num_cpus=0.1, tp=2),
+    PoolConfig("decode", num_cpus=0.1, dp=2),
+)
 
 
 def build_config(folder: str, port: int, grpc_port: int) -> ClusterConfig:
@@ -33,6 +41,8 @@ def build_config(folder: str, port: int, grpc_port: int) -> ClusterConfig:
             dataclasses.replace(tiny, pools=pools),
             dataclasses.replace(mixed, name="mixed"),
             ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
+            dataclasses.replace(tiny, name="gang", pools=GANG_POOLS),
+            *(PRESETS["pocket"](POCKET).models if is_packaged() else ()),
         ),
         api=ApiConfig(
             port=port, grpc_port=grpc_port, max_body_bytes=4 * MIB, max_image_bytes=MIB, max_image_pixels=1_000_000

@@ -56,7 +56,7 @@ CASES: dict[str, tuple[Any, int, str | None]] = {
     "picture for a model without a vision pool": (chat_body("small", "?", picture=0), 400, IMAGE),
     "prompt longer than the context": (chat_body("tiny", "word " * 6000), 400, "messages"),
     "answer longer than the context": (HELLO | {"max_tokens": 5000}, 400, "max_tokens"),
-    "more than any replica holds": (chat_body("small", "Hello", max_tokens=1000), 400, "messages"),
+    "more than any replica holds": (chat_body("small", "Hello", max_tokens=1000), 400, "max_tokens"),
     "body too large": (HELLO | {"padding": "x" * (5 << 20)}, 413, None),
 }  # fmt: skip
 

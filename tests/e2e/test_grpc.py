@@ -66,7 +66,7 @@ def test_errors_name_what_is_wrong(client: Client) -> None:
 
 
 def test_models_health_and_reflection(app: Application, client: Client) -> None:
-    assert [model.name for model in client.models()] == ["tiny", "mixed", "small"]
+    assert [model.name for model in client.models()] == [model.name for model in app.config.models]
     with grpc.insecure_channel(app.grpc_target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         assert (

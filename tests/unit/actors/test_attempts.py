@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ernie_cluster.actors import cluster_backend
 from ernie_cluster.actors.cluster_backend import ClusterBackend
 from ernie_cluster.config.presets import PRESETS
-from ernie_cluster.errors import ErnieClusterError, Overloaded, ReplicaLost
-from ernie_cluster.request import FinishReason, GenerationRequest, SamplingParams, Span, TokenEvent
+from ernie_cluster.errors import DeadlineExceeded, ErnieClusterError, Overloaded, ReplicaLost
+from ernie_cluster.request import (
+    FinishReason,
+    GenerationRequest,
+    MediaInput,
+    SamplingParams,
+    Span,
+    TokenEvent,
+)
 
 LOST = ReplicaLost("decode-0 is gone")
 FULL = Overloaded("no room", retry_after_s=0.0)
@@ -103,3 +112,45 @@ def test_waiting_for_room_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     events, error = generate(backend)
     assert error is FULL
     assert len(events) == 1
+
+
+class SearchedBackend(PlayedBackend):
+    """Each attempt to embed ends as the script says; a number of seconds is waited for in vain."""
+
+    async def _embed(self, key: str, model: str, media: MediaInput, lost: set[str]) -> NDArray[np.float32]:
+        _, end = next(self._script)
+        self.keys.append(key)
+        self.met.append(frozenset(lost))
+        if isinstance(end, asyncio.Event):
+            await end.wait()
+        if isinstance(end, Exception):
+            lost.add(f"vision-{len(self.keys)}")
+            raise end
+        return np.ones(1, np.float32)
+
+    keys: list[str]
+    met: list[frozenset[str]]
+
+
+def embed(script: Sequence[Any], max_attempts: int = 3, timeout_s: float = 60.0) -> tuple[Any, SearchedBackend]:
+    backend = SearchedBackend([(0, end) for end in script], max_attempts)
+    backend.keys, backend.met = [], []
+    media = MediaInput("image", b"", (1, 2, 2), 0, 1, None)
+    try:
+        return asyncio.run(backend.embed("tiny", media, timeout_s)), backend
+    except ErnieClusterError as e:
+        return e, backend
+
+
+def test_a_picture_is_encoded_elsewhere_when_a_replica_is_lost() -> None:
+    vector, backend = embed([LOST, LOST, None])
+    assert vector.tolist() == [1.0]
+    assert backend.met == [frozenset(), {"vision-1"}, {"vision-1", "vision-2"}]
+    assert len(set(backend.keys)) == 3
+
+
+def test_encoding_a_picture_has_an_end() -> None:
+    assert embed([LOST] * 5, max_attempts=2)[0] is LOST
+    assert embed([FULL])[0] is FULL
+    late, _ = embed([asyncio.Event()], timeout_s=0.01)
+    assert isinstance(late, DeadlineExceeded)

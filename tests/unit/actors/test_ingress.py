@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ernie_cluster.actors.ingress import face_browsers, make_guard
-from ernie_cluster.config.cluster import ApiConfig
+from ernie_cluster.actors.ingress import face_browsers, make_grpc, make_guard, make_processor
+from ernie_cluster.config.cluster import ApiConfig, TlsConfig
+from ernie_cluster.config.kv_layout import KVLayout
+from ernie_cluster.config.presets import tiny_mixed
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.observe.metrics import InMemoryMetrics
+from tests.tiny import tiny_config, tiny_folder
 from tests.unit.api.client import Server
 
 
@@ -51,3 +55,21 @@ async def test_the_playground_can_be_switched_off(api: ApiConfig, status: int) -
 def test_keys_that_cannot_be_read_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         make_guard(ApiConfig(keys_file=str(tmp_path / "none.yaml")), InMemoryMetrics())
+
+
+def test_a_certificate_that_cannot_be_used_stops_the_start(tmp_path: Path) -> None:
+    api = ApiConfig(grpc_port=9000, grpc_tls=TlsConfig(str(tmp_path / "none.pem"), str(tmp_path / "none.key")))
+    guard = make_guard(api, InMemoryMetrics())
+    with pytest.raises(ConfigError, match="cannot be read"):
+        make_grpc(api, guard)
+    assert make_grpc(ApiConfig(), guard) is None
+
+
+def test_no_sequence_is_promised_more_than_a_replica_holds() -> None:
+    config = tiny_mixed(tiny_folder())
+    (model,) = config.models
+    block_bytes = KVLayout.from_model(tiny_config(), model.engine.block_size, "float32").block_bytes
+    engine = replace(model.engine, kv_cache_bytes=25 * block_bytes + 1)  # one block is for padding
+    small = replace(config, models=(replace(model, engine=engine),))
+    lengths = [make_processor(c, "tiny").max_model_len for c in (config, small)]
+    assert lengths == [4096, 24 * engine.block_size]

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
+from ernie_cluster.api.image_search import ImageSearcher
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.observe.metrics import InMemoryMetrics
 from tests.fakes import FakeBackend, FakeProcessor, say
@@ -34,6 +35,7 @@ class Server:
     guard: Guard | None = None
     fetcher: Fetcher | None = None
     default_tools: tuple[str, ...] = ()
+    searcher: ImageSearcher | None = None
 
     def __post_init__(self) -> None:
         name = self.processor.served_name
@@ -45,6 +47,7 @@ class Server:
             self.guard,
             self.fetcher,
             self.default_tools,
+            self.searcher,
         )
 
     @asynccontextmanager

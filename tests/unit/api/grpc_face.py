@@ -53,12 +53,13 @@ async def face(
     processor: FakeProcessor | None = None,
     limits: ApiLimits | None = None,
     guard: Guard | None = None,
+    credentials: Any = None,
 ) -> AsyncIterator[Face]:
     processor, metrics = processor or FakeProcessor(), InMemoryMetrics()
     service = Service(
         backend or FakeBackend(say("Hello")), {processor.served_name: processor}, limits or ApiLimits(), metrics
     )
-    server = GrpcServer(service, guard=guard, host="127.0.0.1", port=0, health_interval_s=0.01)
+    server = GrpcServer(service, guard=guard, host="127.0.0.1", port=0, credentials=credentials, health_interval_s=0.01)
     async with server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield Face(service, server, channel, metrics)
     service.workers.close()

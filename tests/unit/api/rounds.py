@@ -54,5 +54,5 @@ class Seeing(FakeProcessor):
         return replace(request, media=media)
 
 
-def hash_of(url: str, regions: Any = (), content: bytes | None = None) -> bytes:
-    return hashlib.sha256(repr((url, regions, content)).encode()).digest()
+def hash_of(url: str, regions: Any = (), content: bytes | None = None, max_pixels: int | None = None) -> bytes:
+    return hashlib.sha256(repr((url, regions, content, max_pixels)).encode()).digest()

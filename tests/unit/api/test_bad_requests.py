@@ -57,7 +57,7 @@ async def test_hostile_request(row: Row, house: House) -> None:
 
 
 async def test_nothing_is_kept_of_hostile_requests(house: House) -> None:
-    """No object stays, so there is less than one more for each request. The first time fills caches, which are bounded."""
+    """No object stays, so there is less than one more for each request, once the caches have all that they want."""
 
     async def send_all() -> int:
         for row in TABLE:
@@ -67,9 +67,10 @@ async def test_nothing_is_kept_of_hostile_requests(house: House) -> None:
         return sys.getallocatedblocks()
 
     tasks = asyncio.all_tasks()
-    await send_all()
-    before = await send_all()
-    assert await send_all() - before < len(TABLE)
+    counts = [await send_all()]
+    while len(counts) < 3 or counts[-1] - counts[-2] >= len(TABLE):
+        assert len(counts) < 9, f"it grows and grows: {counts}"
+        counts.append(await send_all())
     good = await house.send(Row("good", chat_body(), 200))
     assert good.json()["choices"][0]["message"]["content"] == "Hello"
     assert house.objection_to_rest(tasks) == ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ernie_cluster.api.prepare import TEXT_MAX_TOKENS
 from ernie_cluster.api.unsupported import UNSUPPORTED
 from ernie_cluster.request import FinishReason, GenerationRequest, MediaInput, SamplingParams, ThinkingLimit
 from tests.fakes import EOS, FakeBackend, FakeProcessor, Step, bytes_of, say
@@ -179,6 +180,7 @@ SAMPLING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"stop_token_ids": [1, 2]}, {"stop_token_ids": (1, 2)}),
     ({"ignore_eos": True}, {"ignore_eos": True}),
 ]
+ROOM = FakeProcessor().max_model_len - len("<user>hi")
 NAMES = sorted({name for fields, _ in SAMPLING for name in fields})
 
 
@@ -190,15 +192,23 @@ async def test_each_field_of_sampling_arrives_and_no_other_changes(
     whole = {"seed": 3} | fields
     assert (await server.chat(**whole)).status_code == 200
     assert (await server.complete(**whole)).status_code == 200
-    expected = replace(SamplingParams(max_tokens=256, seed=3), **wanted)
-    assert [request.sampling for request in server.backend.requests] == [expected, expected]
+    expected = [replace(SamplingParams(max_tokens=most, seed=3), **wanted) for most in (ROOM, TEXT_MAX_TOKENS)]
+    assert [request.sampling for request in server.backend.requests] == expected
+
+
+@pytest.mark.parametrize("key", ["01", "00", "-1", "1.0", "", "a", "1\n", "1234567890"])
+async def test_a_token_has_one_name_in_logit_bias(key: str) -> None:
+    """Else of two values for one token one would win in silence."""
+    response = await Server().chat(logit_bias={"1": 1, key: 2, "0": 3})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, f"logit_bias.{key}")
 
 
 async def test_null_is_as_good_as_nothing() -> None:
     server = Server()
     nothing = dict.fromkeys([*NAMES, "n", "stop", "stream", "user", "logprobs", "priority"]) | {"seed": 3}
     assert (await server.chat(**nothing)).status_code == 200
-    assert sampled(server) == SamplingParams(max_tokens=256, seed=3)
+    assert sampled(server) == SamplingParams(max_tokens=ROOM, seed=3)
 
 
 @pytest.mark.parametrize(("stop", "text"), [("l", "He"), (["lo", "zzz"], "Hel"), ([], "Hello")])

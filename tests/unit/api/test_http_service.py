@@ -87,11 +87,15 @@ async def test_max_tokens_ends_the_answer_with_length() -> None:
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Hel", "length")
 
 
-async def test_default_max_tokens_is_what_the_context_leaves() -> None:
-    server = Server(limits=ApiLimits(default_max_tokens=100))
-    await server.complete(prompt="x" * 10)
-    await server.complete(prompt="x" * 500)
-    assert [r.sampling.max_tokens for r in server.backend.requests] == [100, 12]
+@pytest.mark.parametrize(("default", "expected"), [(None, [502, 12, 256, 12]), (100, [100, 12, 100, 12])])
+async def test_default_max_tokens_is_what_the_context_leaves(default: int | None, expected: list[int]) -> None:
+    """Of a chat; for texts, and where the operator says so, it is less."""
+    server = Server(limits=ApiLimits(default_max_tokens=default))
+    for text in ("x" * 4, "x" * 494):
+        await server.chat(messages=[{"role": "user", "content": text}])
+    for text in ("x" * 10, "x" * 500):
+        await server.complete(prompt=text)
+    assert [r.sampling.max_tokens for r in server.backend.requests] == expected
 
 
 async def test_timeline_is_attached_when_asked_for() -> None:

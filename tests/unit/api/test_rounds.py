@@ -170,6 +170,15 @@ async def test_rounds_are_bounded() -> None:
     assert "at most 2 rounds" in results_of(choice)[2]["error"]
 
 
+async def test_an_answer_without_a_bound_is_not_cut_by_its_rounds() -> None:
+    server = serve(ADD * 4, "x" * 500)
+    choice = await ask(server, max_tokens=None)
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "x" * 500)
+    assert server.backend.requests[0].max_total_tokens == 4096
+    operator = serve(ADD * 4, "x" * 500, limits=ApiLimits(default_max_tokens=600))
+    assert (await ask(operator, max_tokens=None))["finish_reason"] == "length"
+
+
 async def test_tokens_are_bounded_over_all_rounds() -> None:
     num_tokens = len(bytes_of(ADD)) + 1
     used_up = await ask(server := serve(ADD, "408"), max_tokens=num_tokens)
@@ -273,7 +282,7 @@ async def test_a_function_of_the_client_s_may_be_called_like_one_of_ours() -> No
     assert (both.status_code, both.json()["error"]["param"]) == (400, "tools[1]")
 
 
-@pytest.mark.parametrize("kind", ["image_search", "web_search", ""])
+@pytest.mark.parametrize("kind", ["web_search", ""])
 async def test_unknown_tools_are_refused(kind: str) -> None:
     response = await serve("7").chat(tools=[{"type": kind}])
     error = response.json()["error"]
@@ -307,8 +316,9 @@ async def test_default_tools_are_offered_where_a_chat_says_nothing_of_tools() ->
 
 
 def test_the_configuration_knows_the_same_tools() -> None:
-    assert build(ApiConfig, {"builtin_tools": list(TOOLS)}).builtin_tools == tuple(TOOLS)
-    for wrong in (["abacus"], ["calculator", "calculator"]):
+    search = {"index": "/photos.index", "folder": "/photos"}
+    assert build(ApiConfig, {"builtin_tools": list(TOOLS), "image_search": search}).builtin_tools == tuple(TOOLS)
+    for wrong in (["abacus"], ["calculator", "calculator"], ["image_search"]):
         with pytest.raises(ConfigError, match="builtin_tools"):
             build(ApiConfig, {"builtin_tools": wrong})
 
@@ -374,6 +384,13 @@ async def test_the_deadline_holds_over_all_rounds() -> None:
     response = await server.chat(tools=[CALCULATOR])
     assert response.status_code == 504
     assert server.backend.aborted == [server.backend.requests[1].request_id]
+
+
+async def test_a_round_gets_the_time_that_those_before_have_left() -> None:
+    server = serve(ADD, ADD, "408", limits=ApiLimits(request_timeout_s=60.0))
+    await ask(server)
+    first, second, third = (request.timeout_s for request in server.backend.requests)
+    assert 60 > first > second > third > 0
 
 
 async def test_a_key_pays_for_all_rounds(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ernie_cluster.config.cluster import (
     ModelDeployment,
     PoolConfig,
     RouterConfig,
+    TlsConfig,
     TransportConfig,
 )
 from ernie_cluster.config.presets import PRESETS, ernie_28b_a3b, ernie_424b_a47b, tiny, tiny_mixed
@@ -57,6 +58,9 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
         (lambda: RouterConfig(retry_after_s=0), "retry_after_s = 0"),
         (lambda: RouterConfig(snapshot_interval_s=5), "heartbeat_timeout_s = 5.0 must be more than"),
         (lambda: RouterConfig(lease_timeout_s=2), "lease_timeout_s = 2 must be more than"),
+        (lambda: TlsConfig("server.pem", "/k"), "certificate = 'server.pem' must be an absolute path"),
+        (lambda: TlsConfig("/c", "", None), "key = '' must be an absolute path"),
+        (lambda: TlsConfig("/c", "/k", "ca"), "client_ca = 'ca' must be an absolute path"),
         (lambda: ApiConfig(host=""), "host is empty"),
         (lambda: ApiConfig(port=65536), "port = 65536 must be between 1 and 65535"),
         (lambda: ApiConfig(max_images=-1), "max_images = -1"),
@@ -127,6 +131,7 @@ def test_presets_differ_where_they_should() -> None:
         ({"keys_file": ""}, "must be an absolute path"),
         ({"admin_key_sha256": "sk-s3cret"}, "64 hexadecimal digits"),
         ({"isolate_prefix_cache": True}, "needs keys_file"),
+        ({"grpc_tls": TlsConfig("/c", "/k")}, "set it, or for HTTPS a proxy of your own before port = 8000"),
         ({"cors_origins": ("chat.example",)}, "must be like https://"),
         ({"cors_origins": ("https://chat.example/path",)}, "must be like https://"),
     ],

@@ -16,6 +16,7 @@ from ernie_cluster.config.cluster import (
     ModelDeployment,
     PoolConfig,
     RouterConfig,
+    TlsConfig,
     TransportConfig,
 )
 from ernie_cluster.config.load import dump_config, load_config
@@ -109,6 +110,11 @@ def test_overrides_win_over_environment_wins_over_file() -> None:
     assert (api.port, api.max_images, api.max_json_depth) == (3, 2, 11)
 
 
+def test_what_is_absent_by_default_can_be_given_piece_by_piece() -> None:
+    api = load(TINY, "api.grpc_port=9000", "api.grpc_tls.key=/k", env={"ERNIE__API__GRPC_TLS__CERTIFICATE": "/c"}).api
+    assert api.grpc_tls == TlsConfig("/c", "/k")
+
+
 def test_list_items_are_reached_by_index_also_behind_a_preset() -> None:
     (model,) = load(TINY, "models.0.pools.1.num_replicas=3", "models.0.engine.max_num_seqs=5").models
     assert [p.num_replicas for p in model.pools] == [1, 3, 1]
@@ -159,6 +165,8 @@ def test_values_are_read_by_the_type_of_their_field(override: str, expected: obj
         (TINY + "api: {}\napi: {}", "key 'api' appears twice"),
         (TINY + "apii: {}", "apii: unknown key 'apii'; did you mean 'api'"),
         (TINY + "api: {prot: 1}", "api.prot: unknown key 'prot'; did you mean 'port'"),
+        (TINY + "api: {tls: {}}", "api.tls: unknown key 'tls'; did you mean 'grpc_tls'"),
+        (TINY + "api: {grpc_port: 1, grpc_tls: {certificate: /c}}", "api.grpc_tls.key: missing; TlsConfig needs it"),
         (TINY + "zzz: 1", "unknown key 'zzz'; known: models, router, api, transport"),
         (TINY + "api: {port: x}", "api.port: expected a whole number, got 'x'"),
         (TINY + "api: {port: true}", "api.port: expected a whole number, got True"),

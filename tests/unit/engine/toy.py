@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ernie_cluster.engine.crew import Crew
 from ernie_cluster.engine.engine import Outcome
 from ernie_cluster.engine.handover import EMBED_PIECE
 from ernie_cluster.engine.sampler import Sampled, SamplerRow
@@ -45,6 +46,7 @@ class ToyRunner:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.kv = KVCache(torch.zeros(NUM_LAYERS, 2, num_blocks, block_size, 1, 1, dtype=torch.int64))
         self.device = torch.device("cpu")
+        self.crew = Crew()
 
     def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:
         assert len(set(step.slots_T.tolist())) == step.num_tokens, "two tokens in one slot"
@@ -62,6 +64,9 @@ class ToyRunner:
         wanted = [i for i, end in enumerate(ends) if end - 1 in last_rows]
         assert len(wanted) == len(rows)
         return Sampled([self._next(step.block_tables_BM[i].long(), step.context_lens[i]) for i in wanted])
+
+    def rest(self) -> bool:
+        return self.crew.rest()
 
     def _next(self, table: torch.Tensor, context: int) -> int:
         seen = self.kv.data[:, :, table].flatten(2)[:, :, :context]

@@ -72,6 +72,28 @@ def test_one_picture(processor: ChatProcessor, data_url: DataUrl) -> None:
     assert f"User: Picture 1:<|IMAGE_START|>{patches}<|IMAGE_END|>What?" in decoded(processor, request)
 
 
+def test_a_picture_by_itself_is_that_of_a_prompt(processor: ChatProcessor, data_url: DataUrl) -> None:
+    regions = ((0, 0, 500, 500),)
+    for given in ({"url": data_url((112, 84))}, {"url": data_url((280, 280)), "regions": regions, "max_pixels": 7000}):
+        alone = processor.picture(given)
+        (media,) = chat(processor, [{"type": "image_url", "image_url": given}]).media
+        assert (alone.media_hash, alone.grid_thw, alone.num_tokens) == (
+            media.media_hash,
+            media.grid_thw,
+            media.num_tokens,
+        )
+    with pytest.raises(InvalidRequest, match="not a data URL"):
+        processor.picture({"url": "x"})
+
+
+@pytest.mark.parametrize("max_pixels", [784, 1000, 7000, 10**9])
+def test_a_found_picture_is_shrunk(max_pixels: int, processor: ChatProcessor, data_url: DataUrl) -> None:
+    whole = processor.picture({"url": data_url((280, 280))})
+    found = processor.picture({"url": data_url((280, 280)), "max_pixels": max_pixels})
+    assert 784 <= found.num_pixels <= max_pixels
+    assert found.num_pixels == whole.num_pixels or max_pixels < whole.num_pixels
+
+
 def test_two_pictures_keep_their_order(processor: ChatProcessor, data_url: DataUrl) -> None:
     red, blue = data_url((56, 56), "red"), data_url((140, 28), "blue")
     content = [text("a"), picture(red), text("b"), picture(blue), text("c")]

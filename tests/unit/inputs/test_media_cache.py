@@ -91,6 +91,7 @@ def test_whatever_changes_the_patches_changes_the_key() -> None:
         (SETTINGS, Picture("p", "b")),
         (SETTINGS, Picture("p", "a", b"a")),
         (SETTINGS, Picture("p", "a", b"")),
+        (SETTINGS, Picture("p", "a", max_pixels=1000)),
         (SETTINGS, Picture("p", "a", regions=((0, 0, 500, 500),))),
         (SETTINGS, Picture("p", "a", regions=((0, 0, 500, 500), (0, 0, 500, 500)))),
         (SETTINGS, Video("p", "a")),

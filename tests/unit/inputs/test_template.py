@@ -201,7 +201,32 @@ def test_a_template_may_refuse() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ messages[0].content + 1 }}", "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"]
+    ("source", "expected"),
+    [
+        ("{{ messages[0].role }}", "user"),
+        ("{{ messages[0]['role'] }}", "user"),
+        ("{{ messages[0].nothing }}", ""),
+        ("{{ messages[0].nothing is defined }}", "False"),
+        ("{{ messages[0].get('role') }}", "user"),
+        ("{% for key, value in messages[0].items() %}{{ key }}{% endfor %}", "roleitems"),
+        ("{{ messages[0]['items'] }}", "mine"),
+    ],
+)
+def test_how_a_template_looks_into_a_message(source: str, expected: str) -> None:
+    template = ChatTemplate(source, control_texts=())
+    assert text_of(template.render([{"role": "user", "items": "mine"}])) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content + 1 }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages[0].__class__.__mro__ }}",
+        "{{ messages[0].nothing.more }}",
+        "{{ messages[0].update(a=1) }}",
+        "{{ messages.append(1) }}",
+    ],
 )
 def test_a_template_that_fails_or_breaks_out_is_an_error_of_ours(source: str) -> None:
     with pytest.raises(InvalidRequest, match="chat template"):

@@ -17,19 +17,21 @@ from ernie_cluster.inputs.tokenizer import IncrementalDecoder, Tokenizer, end_to
 BYTE_LEVEL = Tokenizer(train_tokenizer(2048))
 
 
-def _byte_fallback() -> Tokenizer:
+def _byte_fallback(*more_steps: decoders.Decoder) -> Tokenizer:
     """The kind that SentencePiece models become: words with a mark for the space, and a token for each byte."""
     words = ["<unk>", "<s>", "</s>", "▁", "▁hello", "hello", "▁world", "好", "a", "▁a"]
     vocab = {text: i for i, text in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
     backend = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *more_steps]
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return Tokenizer(backend)
 
 
-BYTE_FALLBACK = _byte_fallback()
+BYTE_FALLBACK = _byte_fallback(decoders.Strip(" ", 1, 0))
+CONVERTED = _byte_fallback()
+"""As the family's models are: no space is put in front of a text, and none taken from it."""
 
 
 def _fallback_ids(letter: str) -> list[int]:
@@ -120,14 +122,44 @@ def test_a_character_after_many_broken_bytes(num_broken: int) -> None:
     assert "".join(stream(BYTE_LEVEL, ids, list(range(len(ids))))) == "\ufffd" * num_broken + "𝄞"
 
 
-@given(st.text("hello world 好😀é你a"), st.booleans(), st.lists(st.integers(0, 1000)))
-def test_streaming_with_byte_fallback(text: str, leading_space: bool, cuts: list[int]) -> None:
+@pytest.mark.parametrize("tokenizer", [BYTE_FALLBACK, CONVERTED])
+@given(text=st.text("hello world 好😀é你a"), leading_space=st.booleans(), cuts=st.lists(st.integers(0, 1000)))
+def test_streaming_with_byte_fallback(tokenizer: Tokenizer, text: str, leading_space: bool, cuts: list[int]) -> None:
     ids: list[int] = [BYTE_FALLBACK.token_id("▁")] if leading_space else []  # type: ignore[list-item]
     for letter in text:
         token = BYTE_FALLBACK.token_id("▁" if letter == " " else letter)
         in_bytes = [BYTE_FALLBACK.token_id(f"<0x{byte:02X}>") for byte in letter.encode()]
         ids += in_bytes if token is None else [token]  # type: ignore[list-item, arg-type]
-    assert "".join(stream(BYTE_FALLBACK, ids, cuts)) == BYTE_FALLBACK.decode(ids)
+    assert "".join(stream(tokenizer, ids, cuts)) == tokenizer.decode(ids)
+
+
+ODD_PIECES = ["<s>", "▁", "▁hello", "好", "\ufffd", "é<", "<0x41>", "<0xE5>", "<0xA5>", "<0xBD>", "<0x+1>", "<0xzz>"]
+
+
+@pytest.mark.parametrize("step", [None, decoders.Strip(" ", 1, 0), decoders.Replace("a", "b")])
+@given(before=st.lists(st.integers(0, len(ODD_PIECES)), max_size=12), last=st.integers(0, len(ODD_PIECES)))
+def test_a_text_of_its_own_is_the_text_among_others(
+    step: decoders.Decoder | None, before: list[int], last: int
+) -> None:
+    """With any decoder: what stands behind whole characters adds this text, whatever the library knows about it."""
+    backend = tokenizers.Tokenizer(models.BPE({text: i for i, text in enumerate(ODD_PIECES)}, []))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps if step is None else [*steps, step])
+    tokenizer = Tokenizer(backend)
+    text = tokenizer.decode(before, skip_special=False)
+    if tokenizer.own_texts[last] and "\ufffd" not in text:
+        assert tokenizer.decode([*before, last], skip_special=False) == text + tokenizer.own_texts[last]
+
+
+def test_which_tokens_have_a_text_of_their_own() -> None:
+    ids = BYTE_LEVEL.encode(" hello", allow_special=False)
+    assert "".join(BYTE_LEVEL.own_texts[i] for i in ids) == " hello"
+    assert {BYTE_LEVEL.own_texts[i] for i in BYTE_LEVEL.encode("𝄞", allow_special=False)} == {""}
+    world, byte = CONVERTED.token_id("▁world"), CONVERTED.token_id("<0x41>")
+    assert world is not None
+    assert byte is not None
+    assert (CONVERTED.own_texts[world], CONVERTED.own_texts[byte], CONVERTED.own_texts[5000]) == (" world", "", "")
+    assert BYTE_FALLBACK.own_texts[world] == ""  # its decoder takes a first space away
 
 
 def test_a_character_comes_with_its_last_byte() -> None:

@@ -59,9 +59,9 @@ def test_any_placement_gives_what_one_rank_gives(
         groups.append((x, randint(2 * num_experts, num, top_k), torch.rand(num, top_k, generator=generator)))
 
     def work(place: Place) -> Tensor:
-        mine = [part(pool, held[place.rank][p]) for p, pool in enumerate(pools)]
+        mine = [part(pool, held[place.shard.rank][p]) for p, pool in enumerate(pools)]
         dispatch = choose_dispatcher(place, ExpertMap(ranks, local))
-        x, ids, shares = groups[place.coordinates.dp_rank]
+        x, ids, shares = groups[dims.coordinates(place.shard.rank).dp_rank]
         return place.tp.add(dispatch(TorchOps(), x, mine, ids, shares))
 
     for rank, got in enumerate(together(work, dims)):

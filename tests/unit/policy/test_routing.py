@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ernie_cluster.config.cluster import Role, RouterConfig
 from ernie_cluster.errors import ContextTooLong, Overloaded
 from ernie_cluster.policy.admission import Refusal, blocks_needed, has_room, never_fits
-from ernie_cluster.policy.routing import Path, choose_path
+from ernie_cluster.policy.routing import Path, choose_encoder, choose_path
 from ernie_cluster.policy.snapshot import Books, Demand, Promise, ReplicaSnapshot
 
 LIMITS = RouterConfig(reserve_output_tokens=32, max_queued_tokens=1000, retry_after_s=3)
@@ -268,3 +268,27 @@ def test_a_mixed_path_says_why_and_what_it_takes() -> None:
 @pytest.mark.parametrize(("prompt", "max_tokens", "blocks"), [(30, 8, 3), (16, 16, 2), (16, 17, 3), (1, 10**9, 3)])
 def test_blocks_needed(prompt: int, max_tokens: int, blocks: int) -> None:
     assert blocks_needed(Demand("m", prompt, max_tokens), 16, reserve_output_tokens=32) == blocks
+
+
+@given(CLUSTERS, st.integers(1, 400), EXCLUDED)
+def test_a_picture_without_a_prompt_needs_a_vision_replica_only(
+    cluster: list[ReplicaSnapshot], num_tokens: int, exclude: frozenset[str]
+) -> None:
+    roomy = [
+        r
+        for r in cluster
+        if r.model == "m"
+        and r.role == "vision"
+        and r.is_usable
+        and r.replica_id not in exclude
+        and r.waiting_tokens < LIMITS.max_queued_tokens
+    ]
+    found = choose_encoder("m", num_tokens, cluster, LIMITS, exclude=exclude)
+    if isinstance(found, Refusal):
+        assert not roomy
+        assert isinstance(found.to_error(), Overloaded)
+        return
+    chosen = next(r for r in roomy if r.replica_id == found.replica_id)
+    assert chosen.waiting_tokens == min(r.waiting_tokens for r in roomy)
+    assert found == Promise(chosen.replica_id, media_tokens=num_tokens)
+    assert choose_encoder("m", num_tokens, cluster[::-1], LIMITS, exclude=exclude) == found

@@ -1,0 +1,61 @@
+"""Replicas of several ranks: the same answers, and a gang that loses a rank is replaced whole."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+import ray
+
+from ernie_cluster.actors.messages import NAMESPACE
+from tests.e2e.application import Application, Streamed, chat_body, eventually, run
+
+PROMPTS = [("Once upon a time", None, None), ("What is this?", 3, None), ("And this?", None, 2), ("ab " * 150, 4, None)]
+
+
+@pytest.mark.parametrize(("text", "picture", "video"), PROMPTS)
+def test_a_gang_answers_as_single_ranks_do(app: Application, text: str, picture: int | None, video: int | None) -> None:
+    asked = {"picture": picture, "video": video, "max_tokens": 24}
+    assert app.text("gang", text, **asked) == app.text("tiny", text, **asked)
+
+
+def test_both_decode_groups_answer_at_once(app: Application) -> None:
+    wanted = app.text("tiny", "Tell me a story", max_tokens=64)
+    lanes = app.replicas("gang", "decode")
+    assert len(lanes) == 2
+
+    async def play() -> list[str]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            body = chat_body("gang", "Tell me a story", max_tokens=64)
+            answers = await asyncio.gather(
+                *(client.post(f"{app.url}/v1/chat/completions", json=body) for _ in range(6))
+            )
+            return [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+
+    assert run(play()) == [wanted] * 6
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_gang_that_loses_a_rank_is_replaced_whole(whole_app: Application, role: str) -> None:
+    app, body = whole_app, chat_body("gang", "A long time ago", max_tokens=120)
+    wanted = app.text("tiny", "A long time ago", max_tokens=120)
+    before = app.replicas("gang", role)
+    rank = ray.get_actor(f"{min(i.actor_name for i in before)}:1", NAMESPACE)
+
+    async def play() -> Streamed:
+        answer = Streamed()
+        async with httpx.AsyncClient() as client:
+            async for answer in app.stream(client, body):
+                if answer.num_chunks == 5:
+                    ray.kill(rank)
+        return answer
+
+    answer = run(play())
+    assert (answer.error, answer.text, answer.finish_reason) == (None, wanted, "length")
+    eventually(app.objection_to_ready, 180)
+    gone = {i.incarnation for i in before}
+    eventually(
+        lambda: "the old gang is there" if gone & {i.incarnation for i in app.replicas("gang", role)} else "", 60
+    )
+    assert app.text("gang", "A long time ago", max_tokens=120) == wanted

@@ -1,0 +1,62 @@
+"""What `serve` refuses once it knows the machines, before it starts anything on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ernie_cluster.actors import launch
+from ernie_cluster.config.cluster import GIB, ClusterConfig, EngineConfig, ModelDeployment, PoolConfig
+from ernie_cluster.errors import ConfigError
+from tests import tiny
+
+SMALL = EngineConfig(kv_cache_bytes=GIB)
+
+
+def config(num_gpus: float, engine: EngineConfig = SMALL) -> ClusterConfig:
+    pool = PoolConfig("mixed", num_gpus=num_gpus)
+    return ClusterConfig(models=(ModelDeployment("tiny", tiny.tiny_folder(), (pool,), engine),))
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What Ray says of its nodes; empty at first."""
+    nodes: list[dict[str, Any]] = []
+    monkeypatch.setattr(launch.ray, "nodes", lambda: nodes)
+    return nodes
+
+
+def node(memory: float, *types: str, alive: bool = True) -> dict[str, Any]:
+    kinds = {f"accelerator_type:{t}": 1.0 for t in types}
+    return {"Alive": alive, "Resources": {"CPU": 8.0, "memory": memory, **kinds}}
+
+
+def test_a_pool_fits_on_a_gpu_that_is_there(machines: list[dict[str, Any]]) -> None:
+    machines.append(node(GIB, "H100"))
+    launch.check_machines(config(num_gpus=1))
+    with pytest.raises(
+        ConfigError, match=r"model 'tiny' does not fit: mixed .* of h100-80g; set engine.kv_cache_bytes"
+    ):
+        launch.check_machines(config(num_gpus=1, engine=EngineConfig(kv_cache_bytes=90 * GIB)))
+
+
+def test_a_gpu_that_is_not_known_is_not_judged(machines: list[dict[str, Any]]) -> None:
+    machines.extend([node(GIB, "H100"), node(GIB, "H900")])
+    launch.check_machines(config(num_gpus=1, engine=EngineConfig(kv_cache_bytes=90 * GIB)))
+
+
+def test_pools_without_gpus_need_memory_of_machines_that_live(machines: list[dict[str, Any]]) -> None:
+    machines.extend([node(0.6 * GIB), node(8 * GIB, alive=False)])
+    with pytest.raises(ConfigError, match=r"these machines have 0\.6 GB of memory"):
+        launch.check_machines(config(num_gpus=0))
+    machines.append(node(0.6 * GIB))
+    launch.check_machines(config(num_gpus=0))
+
+
+def test_start_checks_first(machines: list[dict[str, Any]]) -> None:
+    machines.append(node(GIB / 2))
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="without GPUs need"):
+        launch.start(config(num_gpus=0), said.append, timeout_s=1)
+    assert said == []
