@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -30,13 +31,19 @@ def shapes_of(config: ModelConfig) -> Shapes:
 
 
 def numbers(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Content of a tensor, bfloat16: between 0 and 2, all exponents, never the same run twice."""
-    count, seed = math.prod(shape), zlib.crc32(name.encode())
-    out = torch.empty(count, dtype=torch.bfloat16)
-    for first in range(0, count, _STEP):
-        place = torch.arange(first, min(first + _STEP, count), dtype=torch.int64)
-        out[first : first + _STEP] = ((place * 2654435761 + seed) >> 13 & 0x3FFF).short().view(torch.bfloat16)
-    return out.view(shape)
+    """Content of a tensor, bfloat16: between 0 and 2, all exponents, another run in each stretch of each tensor."""
+    count = math.prod(shape)
+    out = torch.empty(count, dtype=torch.int16)
+    for i, first in enumerate(range(0, count, _STEP)):
+        part = out[first : first + _STEP]
+        salt = zlib.crc32(f"{name} {i}".encode()) & 0x3FFF
+        torch.bitwise_xor(_stretch()[: len(part)], salt, out=part)
+    return out.view(torch.bfloat16).view(shape)
+
+
+@functools.cache
+def _stretch() -> torch.Tensor:
+    return (torch.arange(_STEP) * 2654435761 >> 13 & 0x3FFF).short()
 
 
 def write_checkpoint(folder: Path, raw: Mapping[str, Any], *, max_file_bytes: int, is_hollow: bool = False) -> int:

@@ -176,7 +176,7 @@ class Checkpoint:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on CPU."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _read_index(path: Path) -> dict[str, str]:

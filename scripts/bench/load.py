@@ -36,12 +36,12 @@ FILE_BYTES = 128 << 20
 
 
 def write(folder: Path) -> None:
-    """All tensors of the model, in files of `FILE_BYTES`; a routing bias and weights that mean nothing."""
+    """All tensors of the model, in files of `FILE_BYTES`; what they hold makes no difference."""
     group: dict[str, torch.Tensor] = {}
     used = number = 0
     for copy in decoder_copies(ModelConfig.from_dict(RAW), has_vision_experts=False):
         is_router = "gate.weight" in copy.source or "moe_statics" in copy.source
-        group[copy.source] = torch.rand(copy.shape).to(torch.float32 if is_router else torch.bfloat16)
+        group[copy.source] = torch.zeros(copy.shape, dtype=torch.float32 if is_router else torch.bfloat16)
         used += group[copy.source].nbytes
         if used > FILE_BYTES:
             save_file(group, folder / f"model-{number:05d}.safetensors")
