@@ -104,7 +104,7 @@ class MessagesPresentation:
         if block.kind == "reasoning":
             return {"type": "thinking", "thinking": block.text, "signature": ""}
         if block.kind == "text":
-            return {"type": "text", "text": block.text, "citations": None}
+            return {"type": "text", "text": block.text}
         call_id = f"toolu_{self._heading.response_id.removeprefix(ID_PREFIX)}_{index}"
         return {"type": "tool_use", "id": call_id, "name": block.name, "input": _object(block.text)}
 

@@ -158,6 +158,6 @@ Item = Annotated[
         _item_tag,
         custom_error_type="item_type",
         custom_error_message="an item must be an object whose type is message, reasoning, function_call or "
-        "function_call_output",
+        "function_call_output; an item_reference finds nothing, for nothing is stored here: send the item itself",
     ),
 ]

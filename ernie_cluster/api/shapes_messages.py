@@ -14,7 +14,6 @@ class TextAnswer(Shape):
 
     type: Literal["text"]
     text: str
-    citations: None
 
 
 class ThinkingAnswer(Shape):

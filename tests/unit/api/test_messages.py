@@ -107,6 +107,15 @@ async def test_events() -> None:
     assert bodies[0]["message"]["usage"] == {"input_tokens": len("<user>hi"), "output_tokens": 0}
 
 
+async def test_text_without_citations_does_not_speak_of_them() -> None:
+    """As Anthropic's own; Vercel's AI SDK takes null there for a broken answer."""
+    server = Server(FakeBackend(say("ab", 2)))
+    ask = {"model": "tiny", "messages": HI, "max_tokens": 20}
+    assert (await server.post(URL, ask)).json()["content"] == [{"type": "text", "text": "ab"}]
+    events = (await server.post(URL, ask | {"stream": True})).text
+    assert '"content_block":{"type":"text","text":""}' in events
+
+
 async def test_stop_reasons() -> None:
     async with connect(Server(FakeBackend(say("one two three")))) as client:
         stopped = await client.messages.create(model="tiny", messages=HI, max_tokens=99, stop_sequences=["zz", " thr"])

@@ -226,6 +226,14 @@ async def test_bad_requests_name_the_field(fields: dict[str, Any], param: str) -
     assert "messages" not in error["message"].split(":")[0]
 
 
+async def test_a_reference_to_a_stored_item_is_told_that_nothing_is_stored() -> None:
+    given = [{"role": "user", "content": "hi"}, {"type": "item_reference", "id": "rs_1"}]
+    response = await Server().post(URL, {"model": "tiny", "input": given})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "input[1]")
+    assert "nothing is stored here" in error["message"]
+
+
 class StrictProcessor(FakeProcessor):
     """Names the message at fault as the real one does."""
 
