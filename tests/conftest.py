@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -51,6 +52,16 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     if item.get_closest_marker("unit") and ray is not None and ray.is_initialized():
         ray.shutdown()
         pytest.fail("a unit test started Ray; move it to tests/integration, or hand in a twin", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Generator[None, None, None]:
+    """Who sets our log up in a test, sets it up for that test alone."""
+    log = logging.getLogger("ernie_cluster")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = before[0], before[2]
+    log.setLevel(before[1])
 
 
 def _has_gpu() -> bool:

@@ -34,7 +34,7 @@ def test_help_names_every_command_and_imports_none(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert all(name in shown and summary in shown for name, summary in COMMANDS.items())
     assert "examples:" in shown
 

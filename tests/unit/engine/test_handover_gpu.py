@@ -55,6 +55,8 @@ def test_an_attempt_whose_way_breaks_fails_and_the_next_one_succeeds() -> None:
     with ExitStack() as stack, GpuPath(stack, "nccl", Mishaps({"launch": {2: "raise"}})) as path:
         path.open(request)
         assert isinstance(path.failure("doomed"), TransferFailed)
+        path.prefilled.drain()  # the first token of the attempt that failed
+        path.prefilled.tokens.clear()
         path.decoded.tokens["doomed"] = [-1]
         path.open(request, epoch=1)
         path.decoded.wait_for(["doomed"], TIMEOUT_S)

@@ -23,6 +23,7 @@ from pathlib import Path
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims, Shard
 from ernie_cluster.engine.runner import Runner
+from ernie_cluster.model.group import Place
 
 def status(key):
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -34,7 +35,7 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 before, read = status("VmRSS"), []
 runner = Runner.load(
     sys.argv[1], config, "mixed", dtype="float32", device=torch.device("cpu"), num_blocks=2, block_size=1,
-    shard=Shard(ParallelDims(tp=4), 3), progress=lambda done, total: read.append(total),
+    place=Place(Shard(ParallelDims(tp=4), 3)), progress=lambda done, total: read.append(total),
 )
 own = sum(p.nbytes for p in runner.decoder.parameters())
 print(json.dumps({"own": own, "read": read[-1], "more": status("VmHWM") - before - own}))
