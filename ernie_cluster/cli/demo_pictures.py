@@ -74,12 +74,10 @@ def _point() -> Sample:
 def _zoom() -> Sample:
     boxes: list[Box] = [(46, 56, 200, 210), (384, 302, 584, 502), (66, 348, 202, 484)]
     scene = _scene(_SKY, (640, 564), [("orange", "diamond"), ("green", "circle"), ("red", "square")], boxes)
-    plate: Box = (400, 140, 478, 174)
-    draw = ImageDraw.Draw(scene.image)
-    draw.rectangle(plate, COLOURS["white"][0], outline=COLOURS["black"][0])
-    centre = ((plate[0] + plate[2]) / 2, (plate[1] + plate[3]) / 2)
-    draw_text(random.Random(1), scene.image, "4271", COLOURS["black"][0], centre, 19, max_width=66, is_upright=True)
-    message, target = user(scene, "What number is on the sign?"), fractions(plate, scene)
+    sign: Box = (374, 124, 494, 172)
+    centre = ((sign[0] + sign[2]) / 2, (sign[1] + sign[3]) / 2)
+    draw_text(random.Random(1), scene.image, "4271", COLOURS["black"][0], centre, 29, max_width=100, is_upright=True)
+    message, target = user(scene, "What number is on the sign?"), fractions(sign, scene)
     return Sample("zoom", "en", (message,), "4271", (ZOOM,), zoom_call(target), enable_thinking=True, target=target)
 
 

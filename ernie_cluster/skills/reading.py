@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ernie_cluster.skills import phrases
 from ernie_cluster.skills.glyphs import draw_text
@@ -138,40 +138,33 @@ def ask_typed_sum(rng: random.Random, total: Sum, language: Language) -> Questio
 
 
 def draw_sign(rng: random.Random, number: str) -> tuple[Picture, Question]:
-    """A large picture with a small plate on it, whose digits are a few pixels high once the whole is shrunk."""
+    """A large picture with a number on it, whose digits are a few pixels high once the whole is shrunk."""
     size = (rng.randint(560, 720), rng.randint(560, 720))
     drop = backdrop(rng, size)
     kinds = random_kinds(rng, drop, rng.randint(1, 3))
     boxes = place(rng, size, len(kinds) + 1, 100, 230)
     picture = draw_scene(rng, drop, kinds, boxes[1:], is_worn=False)
     x0, y0, x1, y1 = boxes[0]
-    height = rng.uniform(17.0, 22.0) * max(size) / 640
-    width, tall = plate_size(rng, number, height)
+    height = rng.uniform(27.0, 31.0) * max(size) / 640
+    width, tall = sign_size(rng, number, height)
     left = min(max(rng.uniform(x0, max(x1 - width, x0 + 1)), 2.0), size[0] - width - 2)
     top = rng.uniform(y0, y1 - tall)
-    plate = (left, top, left + width, top + tall)
-    sign, _ = draw_plate(rng, picture.image, drop, number, plate, height)
+    sign = draw_number(rng, picture.image, drop, number, (left, top, left + width, top + tall), height)
     image = grainy(rng, picture.image, rng.uniform(1, 5)) if rng.random() < 0.3 else picture.image
     picture = Picture(image, (*picture.things, sign))
     text = spoken(rng, rng.choice(phrases.SIGN["en"]), "en")
     reasoning = "The sign is too small to read. I zoom in."
-    return picture, Question(text, number, reasoning, fractions(plate, picture))
+    return picture, Question(text, number, reasoning, fractions(sign.box, picture))
 
 
-def plate_size(rng: random.Random, number: str, height: float) -> tuple[float, float]:
-    """Width and height of a plate with digits of that height."""
+def sign_size(rng: random.Random, number: str, height: float) -> tuple[float, float]:
+    """Width and height of what a number with digits of that height takes."""
     return len(number) * height * 0.75 + height * rng.uniform(1.0, 1.6), height * rng.uniform(1.6, 2.0)
 
 
-def draw_plate(
-    rng: random.Random, image: Image.Image, drop: Backdrop, number: str, plate: Box, height: float
-) -> tuple[Thing, tuple[Thing, ...]]:
-    """A framed plate with digits on it: the whole, and the digits."""
-    paper = [c for c in ("white", "yellow", "black", "blue") if drop.is_seen(c)]
-    is_light = (name := rng.choice(paper)) in ("white", "yellow")
-    ink = COLOURS["black" if is_light else "white"][0]
-    ImageDraw.Draw(image).rectangle(plate, COLOURS[name][0], outline=ink)
-    centre = ((plate[0] + plate[2]) / 2, (plate[1] + plate[3]) / 2)
-    width = 0.85 * (plate[2] - plate[0])
-    digits = draw_text(rng, image, number, ink, centre, height, max_width=width, is_upright=True)
-    return Thing("sign", name, plate), digits
+def draw_number(rng: random.Random, image: Image.Image, drop: Backdrop, number: str, box: Box, height: float) -> Thing:
+    """The number within a box, as one thing."""
+    name = rng.choice([c for c in COLOURS if drop.is_seen(c, _CONTRAST)])
+    centre, width = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), 0.85 * (box[2] - box[0])
+    draw_text(rng, image, number, COLOURS[name][0], centre, height, max_width=width, is_upright=True)
+    return Thing("sign", name, box)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 
-from PIL import Image
-
 from ernie_cluster.skills.catalog import HELD_OUT
 from ernie_cluster.skills.glyphs import draw_text
 from ernie_cluster.skills.paint import worn
-from ernie_cluster.skills.reading import draw_plate, plate_size
+from ernie_cluster.skills.reading import draw_number, sign_size
 from ernie_cluster.skills.sample import Box, Picture, Thing
 from ernie_cluster.skills.scene import Backdrop, backdrop, canvas_size, draw_scene, random_kind
 from ernie_cluster.skills.words import COLOURS, WORDS
@@ -17,15 +15,12 @@ from ernie_cluster.skills.words import COLOURS, WORDS
 _CONTRAST = 260.0
 """As where single numbers are written."""
 
-_LARGEST_ON_PLATE = 20.0
-"""Pixels: height of digits."""
-
 
 def draw_crowd(seed: int) -> Picture:
     """A full picture; the same for the same seed."""
     assert 0 <= seed < HELD_OUT, f"seed {seed} is for evaluation"
     rng = random.Random(f"crowd:{seed}")
-    return _shapes(rng) if rng.random() < 0.35 else _lines(rng)
+    return _shapes(rng) if rng.random() < 0.4 else _lines(rng)
 
 
 def _shapes(rng: random.Random) -> Picture:
@@ -44,19 +39,27 @@ def _shapes(rng: random.Random) -> Picture:
             x, y = column * width + rng.uniform(0, width - side), row * height + rng.uniform(0, height - side)
             boxes.append((x, y, x + side, y + side))
     picture = draw_scene(rng, drop, [random_kind(rng, drop) for _ in boxes], boxes, is_worn=False)
-    signs = _signs(rng, picture.image, drop) if rng.random() < 0.4 else ()
+    signs = _signs(rng, picture, drop) if rng.random() < 0.4 else ()
     return Picture(worn(rng, picture.image), (*picture.things, *signs))
 
 
-def _signs(rng: random.Random, image: Image.Image, drop: Backdrop) -> list[Thing]:
-    """A few plates as small as those on large pictures that are shrunk."""
-    out = []
-    for _ in range(rng.randint(1, 3)):
-        number, height = str(rng.randint(10, 9999)), rng.uniform(4.0, 6.0)
-        width, tall = plate_size(rng, number, height)
-        x, y = rng.uniform(1, image.width - width - 1), rng.uniform(1, image.height - tall - 1)
-        out.append(draw_plate(rng, image, drop, number, (x, y, x + width, y + tall), height)[0])
+def _signs(rng: random.Random, picture: Picture, drop: Backdrop) -> list[Thing]:
+    """A few numbers between the shapes, as small as those on large pictures that are shrunk."""
+    out: list[Thing] = []
+    for _ in range(8):
+        number, height = str(rng.randint(10, 9999)), rng.uniform(6.5, 9.0)
+        width, tall = sign_size(rng, number, height)
+        if width > picture.image.width - 2:
+            continue
+        x, y = rng.uniform(1, picture.image.width - width - 1), rng.uniform(1, picture.image.height - tall - 1)
+        box = (x, y, x + width, y + tall)
+        if not any(_meet(box, thing.box) for thing in (*picture.things, *out)):
+            out.append(draw_number(rng, picture.image, drop, number, box, height))
     return out
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _lines(rng: random.Random) -> Picture:
@@ -71,10 +74,6 @@ def _lines(rng: random.Random) -> Picture:
         room = height * 1.45
         if top + room > size[1] and things:
             return Picture(worn(rng, drop.image), tuple(things))
-        if height < _LARGEST_ON_PLATE and rng.random() < 0.3:
-            things += _plate(rng, drop, top, height)
-            top += 2 * height + 4
-            continue
         text = _text(rng, max(1, int(size[0] / (height * 0.95))))
         centre = (size[0] / 2 + rng.uniform(-4, 4), top + room / 2)
         ink = COLOURS[rng.choice(colours)][0]
@@ -82,14 +81,6 @@ def _lines(rng: random.Random) -> Picture:
             rng, drop.image, text, ink, centre, height, max_width=size[0] - 12, is_upright=rng.random() < 0.5
         )
         top += room
-
-
-def _plate(rng: random.Random, drop: Backdrop, top: float, height: float) -> tuple[Thing, ...]:
-    """The digits on a plate at that height."""
-    number = "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 4)))
-    width, tall = plate_size(rng, number, height)
-    left = rng.uniform(1, max(2.0, drop.image.width - width - 1))
-    return draw_plate(rng, drop.image, drop, number, (left, top, left + width, top + tall), height)[1]
 
 
 def _text(rng: random.Random, length: int) -> str:

@@ -216,7 +216,7 @@ _MIXTURE: Mapping[str, tuple[float, Callable[[random.Random], Group]]] = {
     "typed_tool": (0.03, _typed_tool),
     "drawn_tool": (0.03, _drawn_tool),
     "look_with_tools": (0.01, _look_with_tools),
-    "zoom": (0.08, _zoom),
+    "zoom": (0.1, _zoom),
     "zoom_blind": (0.01, _zoom_blind),
     "talk": (0.01, _talk),
 }
