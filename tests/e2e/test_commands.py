@@ -60,7 +60,7 @@ def test_demo_says_what_it_does_and_nothing_else(start: Start, tmp_path: Path) -
     assert re.fullmatch(r"\[ *\d+\.\d s\] stopping\n", said[-1])
     paces = re.findall(r"\d+ prompt tokens, first token after \d+ ms, then \d+ tokens/s", program.text)
     assert len(paces) == 4
-    assert program.text.count("✓ right") >= 2, program.text  # bf16 rounds a little differently from CPU to CPU
+    assert program.text.count("✓ right") >= 3, program.text  # bf16 rounds a little differently from CPU to CPU
     assert all((tmp_path / name).exists() for name in re.findall(r"\S+\.png", program.text))
     assert re.search(r"transfer .* [\d,]+ bytes", program.text)
     assert re.search(r"the first token came \d+\.\d s after the start", program.text)
