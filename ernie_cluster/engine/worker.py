@@ -37,7 +37,7 @@ _BLOCKED_WAIT_S = 0.01
 """Pause of an engine that could run nothing, because somebody else holds the blocks that it needs."""
 
 
-_VOTE_WAIT_S = 0.005
+_VOTE_WAIT_S = 0.02
 """Idle engines of a gang with several leaders ask each other this often: so long may a first token wait for them."""
 
 

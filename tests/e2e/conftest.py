@@ -3,7 +3,7 @@
 tiny          vision, prefill, two decode replicas   the disaggregated way
 mixed         vision, mixed                          the same checkpoint without a hand-over
 small         mixed, 24 KV blocks of 16 tokens       to be over capacity soon
-gang          vision, prefill tp 2, decode dp 2      the first one's answers from replicas of several ranks
+gang          vision, prefill tp 2, decode dp 2      the first one's answers from several ranks; with --slow only
 ernie-pocket  vision, prefill, decode                the packaged model, where it is there: answers that can be right
 """
 
@@ -28,7 +28,7 @@ GANG_POOLS = (
 )
 
 
-def build_config(folder: str, port: int, grpc_port: int) -> ClusterConfig:
+def build_config(folder: str, port: int, grpc_port: int, *, has_gang: bool) -> ClusterConfig:
     """See the module."""
     (tiny,), (mixed,) = PRESETS["tiny"](folder).models, PRESETS["tiny-mixed"](folder).models
     pools = tuple(dataclasses.replace(p, num_replicas=2 if p.role == "decode" else 1) for p in tiny.pools)
@@ -41,7 +41,7 @@ def build_config(folder: str, port: int, grpc_port: int) -> ClusterConfig:
             dataclasses.replace(tiny, pools=pools),
             dataclasses.replace(mixed, name="mixed"),
             ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
-            dataclasses.replace(tiny, name="gang", pools=GANG_POOLS),
+            *((dataclasses.replace(tiny, name="gang", pools=GANG_POOLS),) if has_gang else ()),
             *(PRESETS["pocket"](POCKET).models if is_packaged() else ()),
         ),
         api=ApiConfig(
@@ -52,14 +52,16 @@ def build_config(folder: str, port: int, grpc_port: int) -> ClusterConfig:
 
 
 @pytest.fixture(scope="package")
-def app() -> Iterator[object]:
+def app(request: pytest.FixtureRequest) -> Iterator[object]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # no token file in the home of whoever runs the tests
         from ernie_cluster.actors import launch
         from ernie_cluster.actors.environment import free_port
         from tests.e2e.application import Application, eventually
 
-        application = Application(build_config(tiny_folder(), free_port(), free_port()))
+        application = Application(
+            build_config(tiny_folder(), free_port(), free_port(), has_gang=request.config.getoption("--slow"))
+        )
         launch.check(application.config)
         launch.start_ray(application.config, None, print)
         try:

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from ernie_cluster.actors.environment import free_port
 from ernie_cluster.cli.local import is_packaged
 from ernie_cluster.skills.catalog import HELD_OUT, draw
 from ernie_cluster.skills.judge import judge
 from ernie_cluster.skills.sample import Sample
 from ernie_cluster.skills.tools import next_turn
-from tests.e2e.application import CHAT
-from tests.e2e.processes import Program
+from tests.e2e.application import CHAT, Application
 
 pytestmark = pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree")
 
-START_S = 300.0
-STOP_S = 120.0
 SEEDS = range(HELD_OUT + 7000, HELD_OUT + 7006)
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> Iterator[str]:
-    """Of a server that offers the zoom in all chats that say nothing of tools."""
-    port, path = free_port(), tmp_path / "cluster.yaml"
-    path.write_text(f"models:\n  - preset: pocket-mixed\napi:\n  port: {port}\n  builtin_tools: [image_zoom_in_tool]\n")
-    program = Program(["serve", str(path)], {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": ""})
-    try:
-        program.wait_for("ready: ", START_S)
-        yield f"http://127.0.0.1:{port}{CHAT}"
-        program.send(signal.SIGTERM)
-        program.end(STOP_S)
-    finally:
-        program.kill()
-
-
-def ask(url: str, sample: Sample, **more: object) -> dict[str, Any]:
+def ask(app: Application, sample: Sample, **more: object) -> dict[str, Any]:
     """The message of an answer."""
     body = {
         "model": "ernie-pocket",
@@ -51,17 +29,17 @@ def ask(url: str, sample: Sample, **more: object) -> dict[str, Any]:
         "enable_thinking": sample.enable_thinking,
         **more,
     }
-    response = httpx.post(url, json=body, timeout=60)
+    response = httpx.post(app.url + CHAT, json=body, timeout=60)
     assert response.status_code == 200, response.text
     message: dict[str, Any] = response.json()["choices"][0]["message"]
     return message
 
 
-def test_it_zooms_in_and_calculates(url: str) -> None:
+def test_it_zooms_in_and_calculates(app: Application) -> None:
     """That all parts play together is the point, not how well this model does: the floors are low."""
     num_zoomed = 0
     for seed in SEEDS:
-        message = ask(url, draw("zoom", seed), include_tool_results=True)
+        message = ask(app, draw("zoom", seed), tools=[{"type": "image_zoom_in_tool"}], include_tool_results=True)
         crops = [image for c in message.get("builtin_tool_calls", ()) for image in c["result"].get("images", ())]
         assert all(crop["url"].startswith("data:image/jpeg;base64,") for crop in crops)
         num_zoomed += bool(crops) and bool(message["content"])
@@ -73,7 +51,7 @@ def test_it_zooms_in_and_calculates(url: str) -> None:
         assert sample.tool_call is not None
         expected = next_turn(sample, [sample.tool_call])
         assert expected is not None
-        message = ask(url, sample, tools=[{"type": "calculator"}])
+        message = ask(app, sample, tools=[{"type": "calculator"}])
         num_right += judge(expected, message["content"] or "") and bool(message.get("builtin_tool_calls"))
     assert num_right >= len(sums) // 3
 

@@ -11,6 +11,8 @@ import ray
 from ernie_cluster.actors.messages import NAMESPACE
 from tests.e2e.application import Application, Streamed, chat_body, eventually, run
 
+pytestmark = pytest.mark.slow  # five more processes beside the others
+
 PROMPTS = [("Once upon a time", None, None), ("What is this?", 3, None), ("And this?", None, 2), ("ab " * 150, 4, None)]
 
 
