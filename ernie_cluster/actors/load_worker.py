@@ -63,6 +63,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
         num_blocks=num_blocks,
         block_size=settings.block_size,
         place=place,
+        max_graphed=settings.max_num_seqs if settings.cuda_graphs else 0,
         progress=ByteProgress(f"{args.model}, {args.role}{number}: weights", sys.stderr),
     )
 

@@ -70,6 +70,8 @@ class EngineConfig:
     """auto: cuda where the replica was given a GPU, else cpu."""
     num_threads: int = 0
     """CPU threads per rank; 0 = as many as the cores that the replica was given."""
+    cuda_graphs: bool = True
+    """Record decode steps as CUDA graphs, which takes seconds at the start; on GPUs only, in bfloat16, with dp = 1."""
     max_model_len: int | None = None
     """Most tokens of one sequence, prompt and output together, at least 2; None = the model's own bound."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import astuple, fields, replace
 from enum import IntEnum
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ernie_cluster.model.group import ALONE, Group, Place
-from ernie_cluster.model.step import StepInput
+from ernie_cluster.model.packing import make_step, open_step, packed_bytes
+from ernie_cluster.model.step import StepInput, StepMemory, StepShape
 
 BEAT_S = 5.0
 """Idle leaders say so this often, so that followers may take long silence for death."""
@@ -79,68 +81,52 @@ class Crew:
 
 def empty_step(device: torch.device) -> StepInput:
     """A step without tokens."""
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    lens = none.int()
-    return StepInput(none, none.expand(3, 0), none, none.bool(), lens.view(0, 0), lens, (), (), 0, none, none, None)
+    return make_step(
+        token_ids=[],
+        positions=np.zeros((3, 0)),
+        slots=[],
+        block_tables=np.zeros((0, 0)),
+        query_lens=[],
+        context_lens=[],
+        num_decode=0,
+        logits_rows=[],
+        device=device,
+    )
 
 
-_HEADER = 7
+_HEADER = 2 + len(fields(StepShape))
 
 
 def announce(group: Group, command: Command, step: StepInput | None = None) -> None:
-    """Tell the followers; they get all of the step but the rows whose logits are wanted, which only a leader needs."""
+    """Tell the followers."""
     if step is None:
         group.spread(torch.tensor([command, *[0] * (_HEADER - 1)]))
         return
-    (num_rows, width), num_embeds = step.block_tables_BM.shape, len(step.media_rows)
-    body = np.concatenate(
-        [
-            part.cpu().contiguous().numpy().reshape(-1).view(np.uint8)
-            for part in (step.token_ids_T, step.positions_3T, step.slots_T, step.media_rows)
-        ]
-        + [part.cpu().contiguous().numpy().reshape(-1).view(np.uint8) for part in (step.block_tables_BM, step.seq_lens_B)]
-        + [np.array(step.query_lens, np.int32).view(np.uint8), step.is_vision_T.cpu().numpy().view(np.uint8)]
-    )  # fmt: skip
     has_embeds = step.media_embeds is not None
-    header = [command, step.num_tokens, num_rows, width, num_embeds, step.num_decode, has_embeds]
-    group.spread(torch.tensor(header))
-    group.spread(torch.from_numpy(body))
+    group.spread(torch.tensor([command, has_embeds, *astuple(step.memory.shape)]))
+    group.spread(step.memory.host)
     if step.media_embeds is not None:
         group.spread(step.media_embeds)
 
 
 def receive(group: Group, embed: Tensor) -> tuple[Command, StepInput | None]:
-    """What the leader announces; `embed` [V, D] shows device, width and dtype of embeddings. Raises GangBroken."""
-    header = group.spread(torch.zeros(_HEADER, dtype=torch.int64))
-    command, num_tokens, num_rows, width, num_embeds, num_decode, has_embeds = header.tolist()
+    """What the leader announces; the rows whose logits are wanted are left out, as only a leader needs them.
+
+    Args:
+        group: of the leader and its followers.
+        embed: [V, D]; shows device, width and dtype of embeddings.
+
+    Raises:
+        GangBroken: another rank is gone.
+    """
+    command, has_embeds, *counts = group.spread(torch.zeros(_HEADER, dtype=torch.int64)).tolist()
     if command != Command.STEP:
         return Command(command), None
-    longs, ints = 5 * num_tokens + num_embeds, num_rows * width + 2 * num_rows
-    body = group.spread(torch.empty(8 * longs + 4 * ints + num_tokens, dtype=torch.uint8)).numpy()
-    wide, narrow = body[: 8 * longs].view(np.int64), body[8 * longs : 8 * longs + 4 * ints].view(np.int32)
-    ids, positions, slots, media = np.split(wide, np.cumsum([num_tokens, 3 * num_tokens, num_tokens]))
-    tables, seq_lens, query_lens = np.split(narrow, np.cumsum([num_rows * width, num_rows]))
-    device = embed.device
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
+    shape, device = StepShape(*counts), embed.device
+    pinned = device.type == "cuda"
+    host = group.spread(torch.empty(packed_bytes(shape), dtype=torch.uint8, pin_memory=pinned))
     embeds = None
     if has_embeds:
-        embeds = group.spread(torch.empty(num_embeds, embed.shape[1], dtype=embed.dtype, device=device))
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    step = StepInput(
-        tensor(ids),
-        tensor(positions.reshape(3, num_tokens)),
-        tensor(slots),
-        tensor(body[8 * longs + 4 * ints :].view(np.bool_)),
-        tensor(tables.reshape(num_rows, width)),
-        tensor(seq_lens),
-        tuple(query_lens.tolist()),
-        tuple(seq_lens.tolist()),
-        num_decode,
-        logits_rows=none,
-        media_rows=tensor(media),
-        media_embeds=embeds,
-    )
-    return Command.STEP, step
+        embeds = group.spread(torch.empty(shape.num_media, embed.shape[1], dtype=embed.dtype, device=device))
+    step = open_step(StepMemory(shape, host, host.to(device, non_blocking=True)), embeds)
+    return Command.STEP, replace(step, logits_rows=step.logits_rows[:0])

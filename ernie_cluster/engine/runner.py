@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.buckets import DecodeBuckets
 from ernie_cluster.engine.crew import Command, Crew, empty_step, receive
+from ernie_cluster.engine.graphs import GraphedDecoder, choose_graphs
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.engine.shared_kv import share_kv
 from ernie_cluster.model.build import Role, build_decoder, has_vision_experts, torch_dtype
@@ -27,6 +29,8 @@ class Runner:
     decoder: Decoder
     kv: KVCache
     crew: Crew = field(default_factory=Crew)
+    graphs: GraphedDecoder | None = None
+    """Runs the decoder where it can; None: it runs by itself."""
 
     @classmethod
     def load(
@@ -40,22 +44,34 @@ class Runner:
         num_blocks: int,
         block_size: int,
         place: Place = ALONE,
+        max_graphed: int = 0,
         progress: Callable[[int, int], None] = no_progress,
     ) -> Runner:
         """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError.
 
-        `progress(bytes done, bytes in all)` is called as they are read.
+        `progress(bytes done, bytes in all)` is called as they are read. See `around` for the rest.
         """
         decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device, shard=place.shard)
         with Checkpoint(folder) as checkpoint:
             has_vision = has_vision_experts(config, role)
             load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
         decoder.connect(place)
-        return cls.around(decoder, num_blocks=num_blocks, block_size=block_size, place=place)
+        return cls.around(
+            decoder, num_blocks=num_blocks, block_size=block_size, place=place, max_graphed=max_graphed
+        )
 
     @classmethod
-    def around(cls, decoder: Decoder, *, num_blocks: int, block_size: int, place: Place = ALONE) -> Runner:
-        """A loaded decoder and an empty cache on its device and in its dtype; ranks of one host share it."""
+    def around(
+        cls, decoder: Decoder, *, num_blocks: int, block_size: int, place: Place = ALONE, max_graphed: int = 0
+    ) -> Runner:
+        """A loaded decoder and an empty cache on its device and in its dtype; ranks of one host share it.
+
+        On a GPU decode steps of up to `max_graphed` sequences become CUDA graphs.
+
+        Raises:
+            ConfigError: the decoder's attention cannot take blocks of this size.
+        """
+        decoder.ops.check_block_size(block_size)
         c, weight = decoder.config, decoder.embed
         if place.tp.size > 1 and weight.device.type == "cpu":
             shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, c.head_dim)
@@ -64,7 +80,12 @@ class Runner:
         kv = KVCache.allocate(
             c.num_layers, num_blocks, block_size, num_kv_heads, c.head_dim, weight.dtype, weight.device
         )
-        return cls(decoder, kv, Crew(place))
+        return cls(decoder, kv, Crew(place), choose_graphs(decoder, kv, place, max_graphed))
+
+    @property
+    def buckets(self) -> DecodeBuckets | None:
+        """Sizes to which decode steps must be padded to be run as graphs."""
+        return None if self.graphs is None else self.graphs.buckets
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +99,8 @@ class Runner:
             GangBroken: another rank is gone.
         """
         self.crew.open(step)
-        return sample_and_report(self.decoder(step, self.kv, layer_done), rows)
+        logits = self._forward(step, layer_done)
+        return sample_and_report(logits[: len(rows)], rows)  # rows of padding are last
 
     @torch.inference_mode()
     def rest(self) -> bool:
@@ -87,7 +109,7 @@ class Runner:
             return False
         step = empty_step(self.device)
         self.crew.join(step)
-        self.decoder(step, self.kv)
+        self._forward(step)
         return True
 
     @torch.inference_mode()
@@ -98,4 +120,7 @@ class Runner:
             if command is Command.STOP:
                 return
             if step is not None:
-                self.decoder(step, self.kv)
+                self._forward(step)
+
+    def _forward(self, step: StepInput, layer_done: Callable[[int], None] = no_hook) -> torch.Tensor:
+        return (self.graphs or self.decoder)(step, self.kv, layer_done)

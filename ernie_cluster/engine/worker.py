@@ -114,7 +114,7 @@ class Worker:
             runner,
             self.pool,
             Scheduler(self.pool, max_batch_tokens=settings.max_batch_tokens, max_num_seqs=settings.max_num_seqs),
-            BatchBuilder(settings.block_size, vision_ids, runner.device),
+            BatchBuilder(settings.block_size, vision_ids, runner.device, runner.buckets),
             emit=emit,
             hooks=self.sender,
             can_encode=settings.can_encode,
@@ -128,7 +128,7 @@ class Worker:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def warm_up(self) -> None:
-        """Run a prompt and a decode step before anybody waits for them: compiles kernels, touches memory."""
+        """Run a prompt and decode steps before anybody waits for them: compiles kernels, touches memory, records graphs."""
         prompt = np.zeros(min(32, self.settings.max_batch_tokens), dtype=np.int32)
         request = GenerationRequest(
             "warm-up",
@@ -139,9 +139,16 @@ class Worker:
         )
         sequence = Sequence(request, [], blocks=self.pool.allocate(1))
         sequence.blocks *= self.pool.num_blocks_for(len(prompt) + 1)  # nobody reads what it writes
-        for schedule in (Schedule(chunks=[(sequence, len(prompt))]), Schedule(decodes=[sequence])):
-            self.engine.runner.run(self.engine.builder.build(schedule), [SamplerRow(request.sampling, 0, (), (), ())])
+        buckets = self.engine.runner.buckets
+        sizes = (1,) if buckets is None else buckets.sizes[::-1]  # the largest first: the others fit into its memory
+        schedules = [Schedule(chunks=[(sequence, len(prompt))]), *(Schedule(decodes=[sequence] * n) for n in sizes)]
+        row = SamplerRow(request.sampling, 0, (), (), ())
+        for i, schedule in enumerate(schedules):
+            rows = [row] * max(1, len(schedule.decodes))
+            self.engine.runner.run(self.engine.builder.build(schedule), rows)
             sequence.tokens, sequence.num_computed = [0] * (len(prompt) + 1), len(prompt)
+            if i and buckets is not None:
+                log.info("recorded decode steps of %d: %d of %d CUDA graphs", len(schedule.decodes), i, len(sizes))
         self.pool.free(sequence.blocks[:1])
 
     def start(self) -> None:

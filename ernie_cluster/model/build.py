@@ -17,8 +17,9 @@ from torch import nn
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import ConfigError
+from ernie_cluster.model.cuda_ops import CudaOps, fused
 from ernie_cluster.model.decoder import Decoder
-from ernie_cluster.model.grouped_ops import GroupedOps
+from ernie_cluster.model.flash import choose_flash
 from ernie_cluster.model.ops import TorchOps
 from ernie_cluster.model.vision import VisionEncoder
 
@@ -33,15 +34,15 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def choose_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> TorchOps:
-    """Grouped products on GPUs, compiled kernels for bfloat16 on CPU, else plain torch.
+    """`CudaOps` for bfloat16 on GPUs, compiled kernels for bfloat16 on CPU, else plain torch.
 
     `ERNIE_CPU_KERNELS=torch` turns the compiled ones off, `=numba` forces them for small models too.
     """
     wish = os.environ.get("ERNIE_CPU_KERNELS", "auto")
     if wish not in ("auto", "torch", "numba"):
         raise ConfigError(f"ERNIE_CPU_KERNELS={wish!r}: use auto, torch or numba")
-    if device.type == "cuda":
-        return GroupedOps()
+    if device.type == "cuda" and dtype == torch.bfloat16:  # neither its attention nor its grouped products know float32
+        return CudaOps(choose_flash(device), fused)
     is_fit = device.type == "cpu" and dtype == torch.bfloat16
     is_large = config.text.hidden_size >= _SMALLEST_COMPILED_WIDTH
     if not is_fit or wish == "torch" or (wish == "auto" and not is_large):

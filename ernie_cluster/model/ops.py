@@ -43,6 +43,9 @@ def choose_experts(logits_TE: Tensor, bias_TE: Tensor, top_k: int, norm_min: flo
 class TorchOps:
     """Plain torch; no state."""
 
+    def check_block_size(self, block_size: int) -> None:
+        """ConfigError when `attention` cannot take KV blocks of so many tokens; here it takes any."""
+
     def linear(self, x_TD: Tensor, weight_OD: Tensor) -> Tensor:
         """x @ weight.T -> [T, O]."""
         return functional.linear(x_TD, weight_OD)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
-from ernie_cluster.model.step import StepInput
+from ernie_cluster.model.packing import make_step
 
 cpu_ops = pytest.importorskip("ernie_cluster.model.cpu_ops")
 PLAIN = TorchOps()
@@ -84,19 +84,16 @@ def test_rope_and_attention(compiled: TorchOps, lens: list[int]) -> None:
     slots = torch.tensor([int(tables[b, (n - 1) // block]) * block + (n - 1) % block for b, n in enumerate(lens)])
     angle = torch.rand(batch, dim // 2)
     qkv = random(batch, (heads + 2 * kv_heads) * dim)
-    step = StepInput(
-        token_ids_T=torch.zeros(batch, dtype=torch.long),
-        positions_3T=torch.zeros(3, batch, dtype=torch.long),
-        slots_T=slots,
-        is_vision_T=torch.zeros(batch, dtype=torch.bool),
-        block_tables_BM=tables,
-        seq_lens_B=torch.tensor(lens, dtype=torch.int32),
-        query_lens=(1,) * batch,
-        context_lens=tuple(lens),
+    step = make_step(
+        token_ids=[0] * batch,
+        positions=0,
+        slots=slots,
+        block_tables=tables.numpy(),
+        query_lens=[1] * batch,
+        context_lens=lens,
         num_decode=batch,
-        logits_rows=torch.arange(batch),
-        media_rows=torch.empty(0, dtype=torch.long),
-        media_embeds=None,
+        logits_rows=range(batch),
+        device=torch.device("cpu"),
     )
     results = []
     for ops in (compiled, PLAIN):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.model.dispatch import ExpertMap, LocalDispatcher, choose_dispatcher
 from ernie_cluster.model.group import Place
-from ernie_cluster.model.grouped_ops import GroupedOps
+from ernie_cluster.model.cuda_ops import CudaOps
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from tests.groups import together
 
@@ -78,5 +78,5 @@ def test_the_expert_behind_the_last_adds_nothing(num_tokens: int, seed: int) -> 
     ids = torch.randint(7, (num_tokens, 2), generator=generator)
     kept = shares.masked_fill(ids == 6, 0.0)
     wanted = TorchOps().experts(x, pools, ids.clamp(max=5), kept)
-    for ops in (TorchOps(), GroupedOps()):
+    for ops in (TorchOps(), CudaOps(TorchOps().attention)):  # type: ignore[arg-type]
         torch.testing.assert_close(ops.experts(x, pools, ids, shares), wanted, rtol=1e-4, atol=1e-5)
