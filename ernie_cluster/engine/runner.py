@@ -56,9 +56,7 @@ class Runner:
             has_vision = has_vision_experts(config, role)
             load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
         decoder.connect(place)
-        return cls.around(
-            decoder, num_blocks=num_blocks, block_size=block_size, place=place, max_graphed=max_graphed
-        )
+        return cls.around(decoder, num_blocks=num_blocks, block_size=block_size, place=place, max_graphed=max_graphed)
 
     @classmethod
     def around(

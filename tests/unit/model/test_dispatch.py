@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.model.cuda_ops import CudaOps
 from ernie_cluster.model.dispatch import ExpertMap, LocalDispatcher, choose_dispatcher
 from ernie_cluster.model.group import Place
-from ernie_cluster.model.cuda_ops import CudaOps
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from tests.groups import together
 
