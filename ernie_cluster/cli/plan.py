@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ernie_cluster.cli.config import add_config_arguments, read_config
 from ernie_cluster.cli.plan_report import Report, as_json, as_text
-from ernie_cluster.config.cluster import ClusterConfig, EngineConfig
+from ernie_cluster.config.cluster import GPU_BLOCK_TOKENS, ClusterConfig, EngineConfig
 from ernie_cluster.config.convert import unknown_key
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims
@@ -162,7 +162,7 @@ def _engine(args: argparse.Namespace, shape: ModelConfig) -> EngineConfig:
         raise ConfigError(f"--max-model-len {length}: the model was trained for {bound} positions at most")
     seqs = 64 if args.max_num_seqs is None else args.max_num_seqs
     tokens = max(4096, seqs) if args.max_batch_tokens is None else args.max_batch_tokens
-    return EngineConfig(max_batch_tokens=tokens, max_num_seqs=seqs, max_model_len=length)
+    return EngineConfig(block_size=GPU_BLOCK_TOKENS, max_batch_tokens=tokens, max_num_seqs=seqs, max_model_len=length)
 
 
 def _image_max_pixels(args: argparse.Namespace) -> int:

@@ -180,6 +180,7 @@ def _configuration(report: Report) -> str:
     e = s.engine
     lines += [
         "    engine:",
+        f"      block_size: {e.block_size}",
         f"      kv_cache_bytes: {kv}MiB",
         f"      max_batch_tokens: {e.max_batch_tokens}",
         f"      max_num_seqs: {e.max_num_seqs}",

@@ -26,6 +26,9 @@ KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
 
+GPU_BLOCK_TOKENS = 256
+"""KV blocks on a GPU are a multiple of so many tokens: the pages that torch's paged attention takes."""
+
 
 def _check_range(owner: object, low: float, *names: str, high: float = math.inf) -> None:
     """Raise ConfigError unless each named field is finite and within [low, high]; None passes."""
@@ -55,7 +58,7 @@ class EngineConfig:
     """One engine: the same for all replicas of a model. Sizes are per rank."""
 
     block_size: int = 16
-    """Tokens per KV block, at least 1."""
+    """Tokens per KV block, at least 1; a multiple of 256 where a pool that computes in bfloat16 has GPUs."""
     kv_cache_bytes: int = 256 * MIB
     """Bytes of KV cache per rank, at least 1; what does not fill a block is not used."""
     max_batch_tokens: int = 2048
@@ -176,6 +179,15 @@ class ModelDeployment:
                     f"pools of {self.name!r}: {pool.role} has num_gpus = 0 but engine.device is cuda; "
                     "give it GPUs, or set device to auto"
                 )
+            self._check_blocks(pool)
+
+    def _check_blocks(self, pool: PoolConfig) -> None:
+        has_gpu = pool.num_gpus > 0 and self.engine.device != "cpu" and self.engine.dtype != "float32"
+        if has_gpu and pool.role != "vision" and self.engine.block_size % GPU_BLOCK_TOKENS:
+            raise ConfigError(
+                f"engine.block_size = {self.engine.block_size} of {self.name!r}: {pool.role} has GPUs, whose attention takes "
+                f"blocks of a multiple of {GPU_BLOCK_TOKENS} tokens; set it to {GPU_BLOCK_TOKENS}"
+            )
 
     def pool(self, role: Role) -> PoolConfig | None:
         """The pool of this role, or None."""

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ernie_cluster.config.cluster import GPU_BLOCK_TOKENS
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model.step import StepInput
 
 log = logging.getLogger(__name__)
 
-PAGE_TOKENS = 256
+PAGE_TOKENS = GPU_BLOCK_TOKENS
 """FlashAttention 2 takes pages of a multiple of so many tokens."""
 
 Kernel = Callable[..., Any]

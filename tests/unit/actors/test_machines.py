@@ -11,7 +11,7 @@ from ernie_cluster.config.cluster import GIB, ClusterConfig, EngineConfig, Model
 from ernie_cluster.errors import ConfigError
 from tests import tiny
 
-SMALL = EngineConfig(kv_cache_bytes=GIB)
+SMALL = EngineConfig(block_size=256, kv_cache_bytes=GIB)
 
 
 def config(num_gpus: float, engine: EngineConfig = SMALL) -> ClusterConfig:
@@ -38,12 +38,12 @@ def test_a_pool_fits_on_a_gpu_that_is_there(machines: list[dict[str, Any]]) -> N
     with pytest.raises(
         ConfigError, match=r"model 'tiny' does not fit: mixed .* of h100-80g; set engine.kv_cache_bytes"
     ):
-        launch.check_machines(config(num_gpus=1, engine=EngineConfig(kv_cache_bytes=90 * GIB)))
+        launch.check_machines(config(num_gpus=1, engine=EngineConfig(block_size=256, kv_cache_bytes=90 * GIB)))
 
 
 def test_a_gpu_that_is_not_known_is_not_judged(machines: list[dict[str, Any]]) -> None:
     machines.extend([node(GIB, "H100"), node(GIB, "H900")])
-    launch.check_machines(config(num_gpus=1, engine=EngineConfig(kv_cache_bytes=90 * GIB)))
+    launch.check_machines(config(num_gpus=1, engine=EngineConfig(block_size=256, kv_cache_bytes=90 * GIB)))
 
 
 def test_pools_without_gpus_need_memory_of_machines_that_live(machines: list[dict[str, Any]]) -> None:

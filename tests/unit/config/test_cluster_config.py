@@ -51,6 +51,7 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
         (lambda: deployment(PoolConfig("decode"), MIXED), "decode needs prefill"),
         (lambda: deployment(MIXED, MIXED), "pool role 'mixed' appears more than once"),
         (lambda: deployment(MIXED, engine=EngineConfig(device="cuda")), "mixed has num_gpus = 0"),
+        (lambda: deployment(replace(MIXED, num_gpus=1)), r"block_size = 16 of 'm': mixed has GPUs.* set it to 256"),
         (lambda: replace(deployment(MIXED), image_min_pixels=9, image_max_pixels=8), "image_max_pixels = 8"),
         (lambda: TransportConfig(piece_bytes=0), "piece_bytes = 0"),
         (lambda: TransportConfig(piece_bytes=9, staging_bytes=8), "staging_bytes = 8"),
