@@ -17,7 +17,7 @@ from torch import nn
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import ConfigError
-from ernie_cluster.model.cuda_ops import CudaOps, fused
+from ernie_cluster.model.cuda_ops import CudaOps, choose_fuse
 from ernie_cluster.model.decoder import Decoder
 from ernie_cluster.model.flash import choose_flash
 from ernie_cluster.model.ops import TorchOps
@@ -42,7 +42,7 @@ def choose_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
     if wish not in ("auto", "torch", "numba"):
         raise ConfigError(f"ERNIE_CPU_KERNELS={wish!r}: use auto, torch or numba")
     if device.type == "cuda" and dtype == torch.bfloat16:  # neither its attention nor its grouped products know float32
-        return CudaOps(choose_flash(device), fused)
+        return CudaOps(choose_flash(device), choose_fuse())
     is_fit = device.type == "cpu" and dtype == torch.bfloat16
     is_large = config.text.hidden_size >= _SMALLEST_COMPILED_WIDTH
     if not is_fit or wish == "torch" or (wish == "auto" and not is_large):

@@ -7,6 +7,10 @@ inside a step, and a decode step can be captured as a CUDA graph.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -16,6 +20,8 @@ from torch.nn import functional
 
 from ernie_cluster.model.ops import ExpertWeights, TorchOps, choose_experts
 from ernie_cluster.model.step import StepInput
+
+log = logging.getLogger(__name__)
 
 Args = ParamSpec("Args")
 Out = TypeVar("Out")
@@ -78,6 +84,18 @@ def plainly(function: Callable[Args, Out], /) -> Callable[Args, Out]:
 def fused(function: Callable[Args, Out], /) -> Callable[Args, Out]:
     """Compiled at the first call, again when a size first changes, then no more."""
     return torch.compile(function)
+
+
+def choose_fuse() -> Fuse:
+    """`fused` where its compiler can run, which needs Triton and a C compiler; else `plainly`, and a line in the log."""
+    if importlib.util.find_spec("triton") is None:
+        missing = "triton, which comes with torch's builds for CUDA"
+    elif not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        missing = "a C compiler: install gcc, or name one in CC"
+    else:
+        return fused
+    log.warning("small operations are not fused, so steps are slower: this machine has not %s", missing)
+    return plainly
 
 
 class CudaOps(TorchOps):

@@ -46,7 +46,7 @@ class ToyRunner:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.kv = KVCache(torch.zeros(NUM_LAYERS, 2, num_blocks, block_size, 1, 1, dtype=torch.int64))
         self.device = torch.device("cpu")
-        self.crew = Crew()
+        self.crew, self.buckets = Crew(), None
 
     def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:
         assert len(set(step.slots_T.tolist())) == step.num_tokens, "two tokens in one slot"

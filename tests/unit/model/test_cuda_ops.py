@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ernie_cluster.errors import ConfigError
-from ernie_cluster.model.cuda_ops import CudaOps
+from ernie_cluster.model.cuda_ops import CudaOps, choose_fuse, fused, plainly
 from ernie_cluster.model.flash import FlashAttention, splits_are_right
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from ernie_cluster.model.packing import make_step
@@ -184,3 +185,34 @@ def test_no_tokens_are_no_trouble() -> None:
     )  # fmt: skip
     pages = (random(2, BLOCK, KV_HEADS, DIM), random(2, BLOCK, KV_HEADS, DIM))
     assert OPS.attention(torch.empty(0, HEADS, DIM), pages, step).shape == (0, HEADS * DIM)
+
+
+def test_without_a_compiler_nothing_is_fused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert choose_fuse() is plainly
+    assert "has not a C compiler: install gcc, or name one in CC" in caplog.text
+    monkeypatch.setenv("CC", "/usr/bin/cc")
+    assert choose_fuse() is fused
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_fuse() is plainly
+
+
+def test_fused_functions_are_traced_whole_and_once_for_all_sizes() -> None:
+    """What the compiler sees has no break, and a third number of tokens nothing new. Traced, not compiled."""
+    seen: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.append(graph)
+        return graph.forward
+
+    def traced(function: Callable[..., Any], /) -> Callable[..., Any]:
+        return torch.compile(function, backend=keep, fullgraph=True)
+
+    ops, weights, counts = CudaOps(FlashAttention(varlen_attn_out), traced), pools(1), []
+    for num_tokens in (6, 4, 5):
+        ids, x, shares = torch.arange(2 * num_tokens).view(-1, 2) % 5, random(num_tokens, 32), torch.rand(num_tokens, 2)
+        torch.testing.assert_close(ops.experts(x, weights, ids, shares), PLAIN.experts(x, weights, ids, shares))
+        counts.append(len(seen))
+    assert counts == [2, 4, 4], "gate and combine: for one size, then for all"
