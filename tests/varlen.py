@@ -1,4 +1,4 @@
-"""`torch.nn.attention.varlen.varlen_attn_out` in plain torch: what its documentation says, one query at a time."""
+"""`torch.nn.attention.varlen.varlen_attn` in plain torch: what its documentation says, one query at a time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 
-def varlen_attn_out(
-    out: Tensor,
+def varlen_attn(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -22,12 +21,13 @@ def varlen_attn_out(
     block_table: Tensor,
     num_splits: int | None,
 ) -> Tensor:
-    """Fills `out` [T, H, D]; pages are [num, size, G, D]. Looks at the values, which a GPU's kernel does on the device."""
+    """-> [T, H, D]; pages are [num, size, G, D]. Looks at the values, which a GPU's kernel does on the device."""
     assert enable_gqa
     assert all(t.dtype == torch.int32 for t in (cu_seq_q, seqused_k, block_table))
     assert cu_seq_k is None or torch.equal(cu_seq_k.diff(), seqused_k)
     assert max_q >= cu_seq_q.diff().max()
     assert max_k >= seqused_k.max()
+    out = torch.full(query.shape, torch.nan, dtype=query.dtype)
     group = query.shape[1] // key.shape[2]
     for i in range(len(seqused_k)):
         start, end, num_keys = int(cu_seq_q[i]), int(cu_seq_q[i + 1]), int(seqused_k[i])

@@ -27,7 +27,8 @@ PAGE_TOKENS = GPU_BLOCK_TOKENS
 """FlashAttention 2 takes pages of a multiple of so many tokens."""
 
 Kernel = Callable[..., Any]
-"""Signature of `torch.nn.attention.varlen.varlen_attn_out`."""
+"""Signature of `torch.nn.attention.varlen.varlen_attn`. Not of `varlen_attn_out`: FlashAttention 2 turns a decoding query's
+heads around, and what it then returns need not be the memory that it was given."""
 
 
 class FlashAttention:
@@ -58,9 +59,7 @@ class FlashAttention:
         if not step.query_lens:  # a rank without tokens, whose peers have some
             return q_THD.flatten(1)
         block_size, longest = pages[0].shape[1], max(step.query_lens)
-        out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        self._kernel(
-            out,
+        out: Tensor = self._kernel(
             q_THD,
             *pages,
             step.query_starts,
@@ -89,17 +88,17 @@ class FlashAttention:
 def choose_flash(device: torch.device) -> FlashAttention:
     """The best there is for a GPU: FlashAttention 3 where it is installed and can run, else torch's own."""
     from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
-    from torch.nn.attention.varlen import varlen_attn_out
+    from torch.nn.attention.varlen import varlen_attn
 
     is_hopper = torch.cuda.get_device_capability(device)[0] == 9
     if is_hopper and current_flash_attention_impl() is None and importlib.util.find_spec("flash_attn_interface"):
         activate_flash_attention_impl("FA3")
     if (active := current_flash_attention_impl()) is not None:
         log.info("attention: %s", active)
-        return FlashAttention(varlen_attn_out, page_tokens=1, has_key_starts=False, splits=None, decode_splits=None)
-    splits = None if splits_are_right(varlen_attn_out, device) else 1
+        return FlashAttention(varlen_attn, page_tokens=1, has_key_starts=False, splits=None, decode_splits=None)
+    splits = None if splits_are_right(varlen_attn, device) else 1
     log.info("attention: FlashAttention 2, %s", "one part per sequence" if splits else "long sequences in parts")
-    return FlashAttention(varlen_attn_out, decode_splits=splits)
+    return FlashAttention(varlen_attn, decode_splits=splits)
 
 
 @torch.inference_mode()
@@ -119,11 +118,11 @@ def splits_are_right(kernel: Kernel, device: torch.device, dtype: torch.dtype = 
     lens = torch.full((2,), per_sequence * PAGE_TOKENS, dtype=torch.int32, device=device)
     starts = torch.arange(3, dtype=torch.int32, device=device)
     tables = torch.arange(2 * per_sequence, dtype=torch.int32, device=device).view(2, per_sequence)
-    outs = []
-    for splits in (1, None):
-        outs.append(torch.full_like(q, torch.nan))
+    whole, divided = (
         kernel(
-            outs[-1], q, k, v, starts, starts * lens[0], 1, per_sequence * PAGE_TOKENS, window_size=(-1, -1),
-            enable_gqa=True, seqused_k=lens, block_table=tables, num_splits=splits,
-        )  # fmt: skip
-    return bool(torch.allclose(outs[0], outs[1], rtol=2**-6, atol=2**-8))
+            q, k, v, starts, starts * lens[0], 1, per_sequence * PAGE_TOKENS, window_size=(-1, -1), enable_gqa=True,
+            seqused_k=lens, block_table=tables, num_splits=splits,
+        )
+        for splits in (1, None)
+    )  # fmt: skip
+    return bool(torch.allclose(whole, divided, rtol=2**-6, atol=2**-8))

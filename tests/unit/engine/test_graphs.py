@@ -28,7 +28,7 @@ from ernie_cluster.model.flash import FlashAttention
 from ernie_cluster.model.group import ALONE, Place
 from ernie_cluster.model.step import KVCache
 from tests import tiny
-from tests.varlen import varlen_attn_out
+from tests.varlen import varlen_attn
 
 BUCKETS = DecodeBuckets((1, 2, 4), width=16)
 
@@ -51,7 +51,7 @@ class TwinRecorder:
 @functools.cache
 def gpu_decoder() -> Decoder:
     """The tiny model on the GPU's kernels: others look at lengths on the host, which a graph does not see change."""
-    ops = CudaOps(FlashAttention(varlen_attn_out, page_tokens=tiny.BLOCK_SIZE))
+    ops = CudaOps(FlashAttention(varlen_attn, page_tokens=tiny.BLOCK_SIZE))
     decoder = Decoder(tiny.tiny_config().text, has_vision_experts=True, dtype=torch.float32, ops=ops)
     decoder.load_state_dict(tiny.tiny_decoder().state_dict())
     return decoder

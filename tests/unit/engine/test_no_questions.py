@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn_out
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +83,7 @@ def make(text: TextConfig, ops: TorchOps, *, has_vision_experts: bool, place: Pl
 
 
 def cuda_ops() -> CudaOps:
-    return CudaOps(FlashAttention(varlen_attn_out))
+    return CudaOps(FlashAttention(varlen_attn))
 
 
 def host_step(lens: list[int], chunk: int = 0) -> StepInput:
@@ -164,9 +164,7 @@ class FromHost(CudaOps):
 
 OFFENDERS: dict[str, Callable[[], TorchOps]] = {
     "counts read for a loop over experts": TorchOps,
-    **{
-        cls.__name__: lambda cls=cls: cls(FlashAttention(varlen_attn_out)) for cls in (Tolist, ToHost, Masked, FromHost)
-    },  # type: ignore[misc]
+    **{cls.__name__: lambda cls=cls: cls(FlashAttention(varlen_attn)) for cls in (Tolist, ToHost, Masked, FromHost)},  # type: ignore[misc]
 }
 
 

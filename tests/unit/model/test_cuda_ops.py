@@ -19,9 +19,9 @@ from ernie_cluster.model.flash import FlashAttention, splits_are_right
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from ernie_cluster.model.packing import make_step
 from ernie_cluster.model.step import StepInput
-from tests.varlen import varlen_attn_out
+from tests.varlen import varlen_attn
 
-PLAIN, OPS = TorchOps(), CudaOps(FlashAttention(varlen_attn_out, page_tokens=4))
+PLAIN, OPS = TorchOps(), CudaOps(FlashAttention(varlen_attn, page_tokens=4))
 BLOCK, HEADS, KV_HEADS, DIM = 4, 4, 2, 16
 CPU = torch.device("cpu")
 
@@ -145,8 +145,9 @@ def test_rope_and_attention_equal_plain_torch(decodes: list[int], chunks: list[t
 def test_only_decoding_reads_keys_once_per_group_and_may_split_them() -> None:
     seen: list[dict[str, Any]] = []
 
-    def kernel(*args: Any, **options: Any) -> None:
-        seen.append({"key_starts": args[5], "max_k": args[7], **options})
+    def kernel(*args: Any, **options: Any) -> Tensor:
+        seen.append({"key_starts": args[4], "max_k": args[6], **options})
+        return torch.empty_like(args[0])
 
     attend = FlashAttention(kernel, splits=1, decode_splits=None)
     pages = (random(9, BLOCK, KV_HEADS, DIM), random(9, BLOCK, KV_HEADS, DIM))
@@ -161,21 +162,21 @@ def test_only_decoding_reads_keys_once_per_group_and_may_split_them() -> None:
 
 
 def test_a_kernel_that_leaves_rows_out_when_it_splits_is_found_out() -> None:
-    def right(out: Tensor, q: Tensor, *_: Any, **options: Any) -> None:
-        out.copy_(q)
+    def right(q: Tensor, *_: Any, **options: Any) -> Tensor:
+        return q
 
-    def wrong(out: Tensor, q: Tensor, *_: Any, num_splits: int | None, **options: Any) -> None:
-        out[: 2 if num_splits else 1] = q[: 2 if num_splits else 1]
+    def wrong(q: Tensor, *_: Any, num_splits: int | None, **options: Any) -> Tensor:
+        return q if num_splits else torch.cat([q[:1], torch.full_like(q[1:], torch.nan)])
 
     assert splits_are_right(right, CPU)
     assert not splits_are_right(wrong, CPU)
 
 
 def test_block_sizes_that_the_kernel_cannot_take_are_refused() -> None:
-    CudaOps(FlashAttention(varlen_attn_out)).check_block_size(512)
+    CudaOps(FlashAttention(varlen_attn)).check_block_size(512)
     PLAIN.check_block_size(16)
     with pytest.raises(ConfigError, match=r"block_size = 16: .* multiple of 256; set engine.block_size to 256"):
-        CudaOps(FlashAttention(varlen_attn_out)).check_block_size(16)
+        CudaOps(FlashAttention(varlen_attn)).check_block_size(16)
 
 
 def test_no_tokens_are_no_trouble() -> None:
@@ -210,7 +211,7 @@ def test_fused_functions_are_traced_whole_and_once_for_all_sizes() -> None:
     def traced(function: Callable[..., Any], /) -> Callable[..., Any]:
         return torch.compile(function, backend=keep, fullgraph=True)
 
-    ops, weights, counts = CudaOps(FlashAttention(varlen_attn_out), traced), pools(1), []
+    ops, weights, counts = CudaOps(FlashAttention(varlen_attn), traced), pools(1), []
     for num_tokens in (6, 4, 5):
         ids, x, shares = torch.arange(2 * num_tokens).view(-1, 2) % 5, random(num_tokens, 32), torch.rand(num_tokens, 2)
         torch.testing.assert_close(ops.experts(x, weights, ids, shares), PLAIN.experts(x, weights, ids, shares))
