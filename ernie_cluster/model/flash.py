@@ -108,10 +108,10 @@ def splits_are_right(kernel: Kernel, device: torch.device, dtype: torch.dtype = 
     Versions of FlashAttention 2 leave rows unwritten when they do (pytorch issue 194167). Asked of the kernel itself, as
     the number of a version does not tell: two sequences of 4,096 tokens, one with and one without parts.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, device="cpu").to(device, dtype)
 
     per_sequence = 16
     q, k, v = random(2, 8, 128), *(random(2 * per_sequence, PAGE_TOKENS, 2, 128) for _ in range(2))

@@ -93,7 +93,7 @@ def make_step(
         "is_vision_T": is_vision,
     }
     # pinned memory comes from torch's cache, which keeps it until the copy is done
-    host = torch.zeros(packed_bytes(shape), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    host = torch.zeros(packed_bytes(shape), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     for place in _places(shape):
         place.of(host).numpy()[...] = values[place.name]
     embeds = None if media_embeds is None else media_embeds.to(device, non_blocking=True)
