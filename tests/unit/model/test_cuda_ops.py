@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ernie_cluster.errors import ConfigError
+from ernie_cluster.model import flash
+from ernie_cluster.model.build import choose_ops
 from ernie_cluster.model.cuda_ops import CudaOps, choose_fuse, fused, plainly
 from ernie_cluster.model.flash import FlashAttention, splits_are_right
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from ernie_cluster.model.packing import make_step
 from ernie_cluster.model.step import StepInput
+from tests import tiny
 from tests.varlen import varlen_attn
 
 PLAIN, OPS = TorchOps(), CudaOps(FlashAttention(varlen_attn, page_tokens=4))
@@ -218,3 +221,24 @@ def test_fused_functions_are_traced_whole_and_once_for_all_sizes() -> None:
         torch.testing.assert_close(ops.experts(x, weights, ids, shares), PLAIN.experts(x, weights, ids, shares))
         counts.append(len(seen))
     assert counts == [2, 4, 4], "gate and combine: for one size, then for all"
+
+
+@pytest.mark.parametrize("has_fa3", [False, True], ids=["torch's own", "FlashAttention 3"])
+def test_what_a_gpu_gets(has_fa3: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hopper GPU, as far as the choice can see."""
+    active: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active[0] if active else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_fa3 else None)
+    monkeypatch.setattr(flash, "splits_are_right", lambda kernel, device: True)
+    config, cuda = tiny.tiny_config(), torch.device("cuda", 0)
+    ops = choose_ops(config, torch.bfloat16, cuda)
+    assert isinstance(ops, CudaOps)
+    assert active == (["FA3"] if has_fa3 else [])
+    if has_fa3:
+        ops.check_block_size(16)
+    else:
+        with pytest.raises(ConfigError, match="block_size = 16"):
+            ops.check_block_size(16)
+    assert type(choose_ops(config, torch.float32, cuda)) is TorchOps
