@@ -29,7 +29,7 @@ class Seen(BaseModel):
 
 def model(app: Application, **options: Any) -> ChatOpenAI:
     fixed = {"temperature": 0, "timeout": 60, "max_retries": 0}
-    return ChatOpenAI(model=MODEL, base_url=f"{app.url}/v1", api_key="none", max_tokens=64, **(fixed | options))  # type: ignore[arg-type]
+    return ChatOpenAI(model=MODEL, base_url=f"{app.url}/v1", api_key="none", max_tokens=256, **(fixed | options))  # type: ignore[arg-type]
 
 
 def shown() -> HumanMessage:
