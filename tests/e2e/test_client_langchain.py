@@ -17,7 +17,7 @@ pytest.importorskip("langchain_openai", reason="langchain-openai is not installe
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree")]
+pytestmark = pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree")
 
 
 class Seen(BaseModel):
