@@ -8,8 +8,8 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
-
-ray = pytest.importorskip("ray")
+import ray
+import ray.exceptions
 
 from ernie_cluster.actors.channels import Channels, Receivers, receive
 from ernie_cluster.actors.environment import local_cluster
