@@ -118,6 +118,7 @@ class EngineRank:
             num_leases=now.num_leases,
             free_blocks=now.free_blocks,
             total_blocks=now.total_blocks,
+            experts=now.experts,
         )
 
     async def check(self) -> bool:

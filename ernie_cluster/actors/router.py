@@ -173,6 +173,7 @@ class Router:
                 waiting_tokens=s.waiting_tokens,
                 free_blocks=s.free_blocks,
                 total_blocks=s.total_blocks,
+                experts=s.experts,
             )
             for s in self._books.view(time.monotonic())
             if s.is_usable
@@ -239,6 +240,7 @@ class Router:
             total_blocks=load.total_blocks,
             block_size=self._config.model(info.model).engine.block_size,
             age_s=age_s,
+            experts=load.experts,
         )
 
     async def _exit_when_idle(self) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ernie_cluster.config.experts import ExpertUse
 from ernie_cluster.request import GenerationRequest, MediaInput, TokenEvent
 
 
@@ -41,6 +42,8 @@ class ReplicaLoad:
     """KV blocks that nothing holds or is promised; what a prefix cache could evict counts as free."""
     total_blocks: int
     """0 where there is no KV."""
+    experts: ExpertUse | None = None
+    """None where there are none."""
 
 
 class Backend(Protocol):

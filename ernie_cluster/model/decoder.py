@@ -120,6 +120,11 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.head = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
         self._rope: TextRope | None = None
+        self.sparse = [layer.mlp for layer in self.layers if isinstance(layer.mlp, SparseMLP)]
+        num_experts = self.sparse[0].router.num_experts * self.sparse[0].router.num_pools if self.sparse else 0
+        self.routed_LE = torch.zeros(len(self.sparse), num_experts, dtype=torch.int64)
+        """How often each expert of each sparse layer was chosen by this rank's tokens, ever."""
+        self._one = torch.ones(1, 1, dtype=torch.int64)
 
     def connect(self, place: Place) -> None:
         """Run together with the other ranks of a gang from now on; each calls `forward` as often as all others."""
@@ -147,6 +152,9 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, cos_TF, sin_TF, kv.layer(i), step)
             layer_done(i)
+        if self.sparse:  # one addition for all layers, and no question to the device
+            chosen = torch.stack([mlp.chosen_TK for mlp in self.sparse if mlp.chosen_TK is not None]).flatten(1)
+            self.routed_LE.scatter_add_(1, chosen, self._one.expand_as(chosen))
         x, residual = x.index_select(0, step.logits_rows), residual.index_select(0, step.logits_rows)
         x, _ = self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
         return self.ops.linear(x, self.embed if self.config.tie_word_embeddings else self.head).float()
