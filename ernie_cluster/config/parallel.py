@@ -36,7 +36,11 @@ class ParallelDims:
     """Slots of each rank and modality beyond its share of the experts, for copies of hot ones; at least 0."""
 
     def __post_init__(self) -> None:
-        for name, size, least in (("tp", self.tp, 1), ("dp", self.dp, 1), ("redundant_experts", self.redundant_experts, 0)):
+        for name, size, least in (
+            ("tp", self.tp, 1),
+            ("dp", self.dp, 1),
+            ("redundant_experts", self.redundant_experts, 0),
+        ):
             if size < least:
                 raise ConfigError(f"{name} = {size} must be at least {least}")
 

@@ -103,7 +103,9 @@ class AllToAllDispatcher:
         out = torch.zeros_like(x_TD)
         first, last = self._share(len(x_TD))
         mine, top_k = x_TD[first:last], ids_TK.shape[1]
-        rank_P, local_P = (part.reshape(-1) for part in self.experts.locate(ids_TK[first:last], first + self._place.ep.rank))
+        rank_P, local_P = (
+            part.reshape(-1) for part in self.experts.locate(ids_TK[first:last], first + self._place.ep.rank)
+        )
         order = rank_P.argsort(stable=True)
         to = torch.bincount(rank_P, minlength=self._place.ep.size)
         one_each = [1] * self._place.ep.size

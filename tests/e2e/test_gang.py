@@ -1,4 +1,4 @@
-"""Replicas of several ranks: the same answers, and a gang that loses a rank is replaced whole."""
+"""Replicas of several ranks: the same answers while experts move between them, and a gang that loses a rank is replaced whole."""
 
 from __future__ import annotations
 

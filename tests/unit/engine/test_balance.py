@@ -133,7 +133,8 @@ def test_the_policy_itself_moves_experts_of_a_skewed_model_and_changes_no_token(
 def test_rank_0_decides_by_what_all_leaders_have_counted_since() -> None:
     dims, dice = ParallelDims(1, 2), Dice(0)
     text = tiny.tiny_config().text
-    assert text.text_experts is not None and text.vision_experts is not None
+    assert text.text_experts is not None
+    assert text.vision_experts is not None
 
     def work(place: Place) -> None:
         model = decoder(place)
@@ -143,7 +144,9 @@ def test_rank_0_decides_by_what_all_leaders_have_counted_since() -> None:
             balancer.decide()
 
     together(work, dims)
-    costs = np.repeat([p.intermediate_size for p in (text.text_experts, text.vision_experts)], len(dice.loads[0][0]) // 2)
+    costs = np.repeat(
+        [p.intermediate_size for p in (text.text_experts, text.vision_experts)], len(dice.loads[0][0]) // 2
+    )
     for loads, count in zip(dice.loads, (3 + 4, 5 + 6), strict=True):
         assert (np.array(loads) == count * costs).all()
 
