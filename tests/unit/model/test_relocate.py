@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from ernie_cluster.config.experts import EMPTY, Table
 from ernie_cluster.config.parallel import ParallelDims
@@ -45,14 +45,20 @@ def changes(draw: st.DrawFn) -> tuple[ParallelDims, tuple[int, int], list[Table]
     return dims, sizes, [draw(tables(dims.world, sizes)) for _ in range(3)]
 
 
-def weights(held: list[int]) -> nn.Module:
-    """Codes, a matrix, and a scale for each of some experts, all told apart by the expert's number."""
-    module = nn.Module()
-    number = torch.tensor(held)
-    module.codes = nn.Parameter(number.to(torch.int8)[:, None, None].expand(-1, 2, 3).clone(), requires_grad=False)
-    module.matrix = nn.Parameter(number.to(torch.bfloat16)[:, None].expand(-1, 5).clone(), requires_grad=False)
-    module.register_buffer("scale", number.float())
-    return module
+class Pool(nn.Module):
+    """Codes, a matrix and a scale for each of some experts, all told apart by the expert's number."""
+
+    def __init__(self, held: list[int]) -> None:
+        super().__init__()
+        number = torch.tensor(held)
+        self.codes = nn.Parameter(number.to(torch.int8)[:, None, None].repeat(1, 2, 3), requires_grad=False)
+        self.matrix = nn.Parameter(number.to(torch.bfloat16)[:, None].repeat(1, 5), requires_grad=False)
+        self.register_buffer("scale", number.float())
+
+    def numbers(self) -> list[list[set[float]]]:
+        """What stands in each slot of each tensor."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return [[set(row.reshape(-1).tolist()) for row in tensor] for tensor in tensors]
 
 
 @given(changes())
@@ -60,23 +66,24 @@ def weights(held: list[int]) -> nn.Module:
 def test_weights_follow_their_experts(change: tuple[ParallelDims, tuple[int, int], list[Table]]) -> None:
     dims, sizes, (first, *later) = change
 
-    def work(place: Place) -> list[list[Tensor]]:
-        row = first[place.shard.rank]
-        pools = [weights(list(row[: sizes[0]])), weights(list(row[sizes[0] :]))]
+    def work(place: Place) -> list[list[list[list[set[float]]]]]:
+        row = list(first[place.shard.rank])
+        pools = [Pool(row[: sizes[0]]), Pool(row[sizes[0] :])]
         out, old = [], first
         for new in later:
             relocate(pools, old, new, place.ep)
-            out.append([t.flatten(1).float() if t.dim() > 1 else t[:, None] for p in pools for t in (p.codes, p.matrix, p.scale)])  # fmt: skip
-            out[-1] = [t.clone() for t in out[-1]]
+            out.append([pool.numbers() for pool in pools])
             old = new
         return out
 
     for rank, got in enumerate(together(work, dims)):
-        for new, tensors in zip(later, got, strict=True):
-            for i, tensor in enumerate(tensors):
-                row = new[rank][: sizes[0]] if i < 3 else new[rank][sizes[0] :]
-                for slot, expert in enumerate(row):
-                    assert expert == EMPTY or (tensor[slot] == expert).all()
+        for new, pools in zip(later, got, strict=True):
+            rows = new[rank][: sizes[0]], new[rank][sizes[0] :]
+            for row, tensors in zip(rows, pools, strict=True):
+                assert len(tensors) == 3
+                for tensor in tensors:
+                    assert all(expert in (EMPTY, *there) for expert, there in zip(row, tensor, strict=True))
+                    assert all(len(there) == 1 for there in tensor)
 
 
 @given(changes())
