@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ernie_cluster.config.experts import ExpertUse
+from ernie_cluster.config.experts import ExpertUse, LayerExperts
 from ernie_cluster.request import GenerationRequest, MediaInput, TokenEvent
 
 
@@ -44,6 +44,16 @@ class ReplicaLoad:
     """0 where there is no KV."""
     experts: ExpertUse | None = None
     """None where there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaExperts:
+    """Use and place of the experts of one replica, or of one of its groups of ranks."""
+
+    model: str
+    role: str
+    replica: str
+    layers: list[LayerExperts]
 
 
 class Backend(Protocol):
@@ -86,6 +96,14 @@ class Backend(Protocol):
 
         Raises:
             ReplicaError: nobody can tell.
+        """
+        ...
+
+    async def experts(self) -> list[ReplicaExperts]:
+        """Of every replica that takes new work and has experts; asks them all.
+
+        Raises:
+            ReplicaError: one could not tell.
         """
         ...
 

@@ -31,6 +31,17 @@ class ExpertUse:
     """How often experts changed places since the start."""
 
 
+@dataclass(frozen=True, slots=True)
+class LayerExperts:
+    """One layer's experts, as one engine sees them."""
+
+    layer: int
+    """Its index among all layers."""
+    tokens: tuple[int, ...]
+    """That this engine sent to each expert since its start."""
+    table: Table
+
+
 def dealt(num_experts: int, num_pools: int, dims: ParallelDims) -> Table:
     """One copy each, where `Shard.experts` has it; redundant slots come last and are empty.
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ernie_cluster.config.experts import EMPTY, ExpertUse, Table
+from ernie_cluster.config.experts import EMPTY, ExpertUse, LayerExperts, Table
 from ernie_cluster.model.decoder import Decoder
 from ernie_cluster.model.group import ALONE, Group, Place
 
@@ -37,7 +37,7 @@ class Rule:
 
 
 class Balancer:
-    """Counts and tables of one rank. Called on the thread that steps; `use` may be read by others.
+    """Counts and tables of one rank. Called on the thread that steps; `use` and `layers` may be read by others.
 
     Args:
         decoder: of this rank, in its place.
@@ -55,11 +55,17 @@ class Balancer:
         self._looked_s = float("-inf")
         self.use: ExpertUse | None = None
         """None in a model without experts, or before the first step."""
+        self._seen = self._decided
 
     @property
     def tables(self) -> list[Table]:
         """Where the experts of each sparse layer stand."""
         return [mlp.table for mlp in self._decoder.sparse]
+
+    def layers(self) -> list[LayerExperts]:
+        """Of every sparse layer, a second or so old. From any thread; while experts move some layers are ahead of others."""
+        indices, seen = self._decoder.config.sparse_layers, self._seen.tolist()
+        return [LayerExperts(*one) for one in zip(indices, map(tuple, seen), self.tables, strict=True)]
 
     def is_due(self, now_s: float) -> bool:
         """Asked between two steps; True on rank 0 when the gang should `decide` before the next one."""
@@ -106,6 +112,7 @@ class Balancer:
         if now_s - self._looked_s < _LOOK_S or not self._decoder.sparse:
             return
         self._looked_s, counts = now_s, self._read()
+        self._seen = counts
         if not self._marks or now_s - self._marks[-1][0] >= _WINDOW_S:
             self._marks.append((now_s, counts))
         recent, router = counts - self._marks[0][1], self._decoder.sparse[0].router

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ernie_cluster.config.experts import ExpertUse
+from ernie_cluster.config.experts import ExpertUse, LayerExperts
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.batch import BatchBuilder
@@ -244,6 +244,11 @@ class Worker:
                 kv_bytes_received=self.inbox.bytes_received,
                 experts=None if balancer is None else balancer.use,
             )
+
+    def experts(self) -> list[LayerExperts]:
+        """Use and place of every expert; empty in a model without experts."""
+        balancer = self.engine.runner.crew.balancer
+        return [] if balancer is None else balancer.layers()
 
     def check(self) -> bool:
         """Invariants, and that every used block belongs to a sequence or a lease."""

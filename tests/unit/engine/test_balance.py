@@ -199,3 +199,6 @@ def test_use_is_counted_on_one_rank_too() -> None:
     text_tokens, vision_tokens = 2 + 2, picture.num_tokens + 2  # two generated ones ran; a picture has two borders
     assert use == ExpertUse(1.0, use.hottest_share, (text_tokens, vision_tokens), 0)
     assert use.hottest_share > 0
+    layers = mine.experts()
+    assert [one.layer for one in layers] == list(tiny.tiny_config().text.sparse_layers)
+    assert {sum(one.tokens) for one in layers} == {(text_tokens + vision_tokens) * 2}
