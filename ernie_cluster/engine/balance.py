@@ -53,9 +53,9 @@ class Balancer:
         self._decided = self._read()
         self._marks: deque[tuple[float, NDArray[np.int64]]] = deque(maxlen=2)
         self._looked_s = float("-inf")
+        self._seen = self._decided
         self.use: ExpertUse | None = None
         """None in a model without experts, or before the first step."""
-        self._seen = self._decided
 
     @property
     def tables(self) -> list[Table]:
@@ -70,8 +70,9 @@ class Balancer:
     def is_due(self, now_s: float) -> bool:
         """Asked between two steps; True on rank 0 when the gang should `decide` before the next one."""
         self._look(now_s)
-        is_asked = self._rule is not None and self._place.shard.rank == 0
-        return is_asked and self._steps >= self._rule.interval_steps  # type: ignore[union-attr]
+        if self._rule is None or self._place.shard.rank > 0:
+            return False
+        return self._steps >= self._rule.interval_steps
 
     def stepped(self) -> None:
         """The gang runs another step."""
@@ -111,8 +112,8 @@ class Balancer:
     def _look(self, now_s: float) -> None:
         if now_s - self._looked_s < _LOOK_S or not self._decoder.sparse:
             return
-        self._looked_s, counts = now_s, self._read()
-        self._seen = counts
+        self._looked_s, self._seen = now_s, self._read()
+        counts = self._seen
         if not self._marks or now_s - self._marks[-1][0] >= _WINDOW_S:
             self._marks.append((now_s, counts))
         recent, router = counts - self._marks[0][1], self._decoder.sparse[0].router

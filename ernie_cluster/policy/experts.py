@@ -59,21 +59,22 @@ def _packed(load: Sequence[float], table: Table, num_pools: int, slack: float | 
     total, held = [0.0] * world, [set[int]() for _ in range(world)]
     room = [[size] * num_pools for _ in range(world)]
     moving = []
+
+    def put(part: float, e: int, rank: int) -> None:
+        total[rank] += part
+        room[rank][e // per_pool] -= 1
+        held[rank].add(e)
+
     for part, e in parts:
         homes = [r for r, row in enumerate(table) if e in row and e not in held[r] and total[r] + part <= enough]
-        if slack is None or not homes:
+        if slack is not None and homes:
+            put(part, e, min(homes, key=total.__getitem__))
+        else:
             moving.append((part, e))
-            continue
-        rank = min(homes, key=total.__getitem__)
-        total[rank], room[rank][e // per_pool] = total[rank] + part, room[rank][e // per_pool] - 1
-        held[rank].add(e)
     for part, e in moving:
         able = [r for r in range(world) if room[r][e // per_pool] and e not in held[r]]
-        if not able:
-            continue  # the ranks with room have it already, so it has one copy at least
-        rank = min(able, key=lambda r: (total[r], e not in table[r]))
-        total[rank], room[rank][e // per_pool] = total[rank] + part, room[rank][e // per_pool] - 1
-        held[rank].add(e)
+        if able:  # else the ranks with room have it already, so it has one copy at least
+            put(part, e, min(able, key=lambda r: (total[r], e not in table[r])))
     return tuple(_slots(row, some, num_pools, per_pool) for row, some in zip(table, held, strict=True))
 
 
