@@ -66,7 +66,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
         num_blocks=num_blocks,
         block_size=settings.block_size,
         place=place,
-        rule=_rule(args),
+        rule=rule_of(args),
         progress=ByteProgress(f"{args.model}, {args.role}{number}: weights", sys.stderr),
     )
 
@@ -97,7 +97,7 @@ def _settings(args: RankArgs) -> EngineConfig:
     return args.config.model(args.model).engine
 
 
-def _rule(args: RankArgs) -> Rule | None:
+def rule_of(args: RankArgs) -> Rule | None:
     """When the experts of this rank's gang move; None = never."""
     pool = args.config.model(args.model).pool(args.role)
     if pool is None or not pool.eplb.enabled:
