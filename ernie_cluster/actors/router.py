@@ -72,6 +72,7 @@ class Router:
         if self._address is None:
             calls = (
                 self.acquire, self.acquire_encoder, self.opened, self.release, self.lost, self.status, self.loads,
+                self.experts,
             )  # fmt: skip
             server = DirectServer({call.__name__: call for call in calls})
             self._address = background.start(server.start(ray.util.get_node_ip_address()))
