@@ -77,11 +77,12 @@ class DecoderLayer(nn.Module):
         sin_TF: Tensor,
         pages: tuple[Tensor, Tensor],
         step: StepInput,
+        chosen: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.input_norm, self.eps)
         x_TD = self.attention(x_TD, cos_TF, sin_TF, pages, step)
         x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.post_attention_norm, self.eps)
-        return self.tp.add(self.mlp(x_TD, step.is_vision_T)), residual_TD
+        return self.tp.add(self.mlp(x_TD, step.is_vision_T, chosen)), residual_TD
 
     def connect(self, place: Place) -> None:
         """Add up with the peers of a gang."""
@@ -148,13 +149,13 @@ class Decoder(nn.Module):
         x = self.embed.index_select(0, step.token_ids_T)
         if step.media_embeds is not None:
             x.index_copy_(0, step.media_rows, step.media_embeds)
-        residual = torch.zeros_like(x)
+        residual, chosen = torch.zeros_like(x), list[Tensor]()
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, cos_TF, sin_TF, kv.layer(i), step)
+            x, residual = layer(x, residual, cos_TF, sin_TF, kv.layer(i), step, chosen)
             layer_done(i)
-        if self.sparse:  # one addition for all layers, and no question to the device
-            chosen = torch.stack([mlp.chosen_TK for mlp in self.sparse if mlp.chosen_TK is not None]).flatten(1)
-            self.routed_LE.scatter_add_(1, chosen, self._one.expand_as(chosen))
+        if chosen:  # one addition for all layers, and no question to the device
+            chosen_LX = torch.stack(chosen).flatten(1)
+            self.routed_LE.scatter_add_(1, chosen_LX, self._one.expand_as(chosen_LX))
         x, residual = x.index_select(0, step.logits_rows), residual.index_select(0, step.logits_rows)
         x, _ = self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
         return self.ops.linear(x, self.embed if self.config.tie_word_embeddings else self.head).float()

@@ -95,8 +95,6 @@ class SparseMLP(nn.Module):
         """What a token costs an expert of each modality, in any unit."""
         self.table = dealt(self.router.num_experts, len(pools), shard.dims)
         """Where the experts stand, the same on all ranks."""
-        self.chosen_TK: Tensor | None = None
-        """Experts of the last step's tokens, int64 over all pools."""
         self._dispatch: Dispatcher = LocalDispatcher()
 
     def connect(self, place: Place) -> None:
@@ -111,12 +109,15 @@ class SparseMLP(nn.Module):
         self._map.follow(table)
         self.table = table
 
-    def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> Tensor:
-        """This rank's addend of [T, D]; the sum over tp is the layer's output."""
+    def forward(self, x_TD: Tensor, is_vision_T: Tensor, chosen: list[Tensor]) -> Tensor:
+        """This rank's addend of [T, D]; the sum over tp is the layer's output.
+
+        `chosen` gets the experts of the tokens, int64 [T, K] over all pools.
+        """
         ids_TK, weights_TK = self.router(x_TD, is_vision_T)
-        self.chosen_TK = ids_TK
+        chosen.append(ids_TK)
         out = self._dispatch(self.ops, x_TD, self._weights, ids_TK, weights_TK)
-        return out if self.shared is None else out + self.shared(x_TD, is_vision_T)
+        return out if self.shared is None else out + self.shared(x_TD)
 
 
 class GatedMLP(nn.Module):
@@ -128,5 +129,6 @@ class GatedMLP(nn.Module):
         self.gate_up = empty_weight(2 * width, hidden_size, dtype=dtype)
         self.down = empty_weight(hidden_size, width, dtype=dtype)
 
-    def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, is_vision_T: Tensor | None = None, chosen: Sequence[Tensor] = ()) -> Tensor:
+        """This rank's addend of [T, D]; the other arguments are those of `SparseMLP`, and mean nothing here."""
         return self.ops.gated_mlp(x_TD, self.gate_up, self.down)
