@@ -3,7 +3,7 @@
 tiny          vision, prefill, two decode replicas   the disaggregated way
 mixed         vision, mixed                          the same checkpoint without a hand-over
 small         mixed, 24 KV blocks of 16 tokens       to be over capacity soon
-gang          vision, prefill tp 2, decode dp 2      the first one's answers from several ranks; with --slow only
+gang          vision, prefill tp 2, decode dp 2      the same answers, experts on the move; --slow only
 ernie-pocket  vision, prefill, decode                the packaged model, where it is there: answers that can be right
 """
 
@@ -15,7 +15,15 @@ from collections.abc import Iterator
 import pytest
 
 from ernie_cluster.cli.local import is_packaged
-from ernie_cluster.config.cluster import MIB, ApiConfig, ClusterConfig, ModelDeployment, PoolConfig, RouterConfig
+from ernie_cluster.config.cluster import (
+    MIB,
+    ApiConfig,
+    ClusterConfig,
+    EplbConfig,
+    ModelDeployment,
+    PoolConfig,
+    RouterConfig,
+)
 from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.presets import POCKET, PRESETS
 from tests.tiny import tiny_folder
@@ -24,8 +32,8 @@ START_TIMEOUT_S = 300.0
 SMALL_BLOCKS = 24
 GANG_POOLS = (
     PoolConfig("vision", num_cpus=0.1),
-    PoolConfig("prefill", num_cpus=0.1, tp=2),
-    PoolConfig("decode", num_cpus=0.1, dp=2),
+    PoolConfig("prefill", num_cpus=0.1, tp=2, eplb=EplbConfig(enabled=True, interval_steps=2, min_gain=0.0)),
+    PoolConfig("decode", num_cpus=0.1, dp=2, eplb=EplbConfig(enabled=True, interval_steps=20, redundant_experts=1)),
 )
 
 
