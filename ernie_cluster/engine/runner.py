@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.balance import Balancer, Rule
 from ernie_cluster.engine.buckets import DecodeBuckets
 from ernie_cluster.engine.crew import Command, Crew, empty_step, receive
 from ernie_cluster.engine.graphs import GraphedDecoder, choose_graphs
@@ -44,23 +45,34 @@ class Runner:
         num_blocks: int,
         block_size: int,
         place: Place = ALONE,
+        rule: Rule | None = None,
         max_graphed: int = 0,
         progress: Callable[[int, int], None] = no_progress,
     ) -> Runner:
         """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError.
 
-        `progress(bytes done, bytes in all)` is called as they are read. See `around` for the rest.
+        `rule` says when experts move between the ranks of a gang, `progress(bytes done, bytes in all)` is called as weights
+        are read. See `around` for the rest.
         """
         decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device, shard=place.shard)
         with Checkpoint(folder) as checkpoint:
             has_vision = has_vision_experts(config, role)
             load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
         decoder.connect(place)
-        return cls.around(decoder, num_blocks=num_blocks, block_size=block_size, place=place, max_graphed=max_graphed)
+        return cls.around(
+            decoder, num_blocks=num_blocks, block_size=block_size, place=place, rule=rule, max_graphed=max_graphed
+        )
 
     @classmethod
     def around(
-        cls, decoder: Decoder, *, num_blocks: int, block_size: int, place: Place = ALONE, max_graphed: int = 0
+        cls,
+        decoder: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        place: Place = ALONE,
+        rule: Rule | None = None,
+        max_graphed: int = 0,
     ) -> Runner:
         """A loaded decoder and an empty cache on its device and in its dtype; ranks of one host share it.
 
@@ -71,14 +83,15 @@ class Runner:
         """
         decoder.ops.check_block_size(block_size)
         c, weight = decoder.config, decoder.embed
+        crew = Crew(place, balancer=Balancer(decoder, place, rule))
         if place.tp.size > 1 and weight.device.type == "cpu":
             shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, c.head_dim)
-            return cls(decoder, share_kv(place, shape, weight.dtype), Crew(place))
+            return cls(decoder, share_kv(place, shape, weight.dtype), crew)
         num_kv_heads = len(decoder.shard.kv_heads(c.num_kv_heads))
         kv = KVCache.allocate(
             c.num_layers, num_blocks, block_size, num_kv_heads, c.head_dim, weight.dtype, weight.device
         )
-        return cls(decoder, kv, Crew(place), choose_graphs(decoder, kv, place, max_graphed))
+        return cls(decoder, kv, crew, choose_graphs(decoder, kv, place, max_graphed))
 
     @property
     def buckets(self) -> DecodeBuckets | None:
@@ -117,6 +130,9 @@ class Runner:
             command, step = receive(tp, self.decoder.embed)
             if command is Command.STOP:
                 return
+            if command is Command.MOVE:
+                assert self.crew.balancer is not None
+                self.crew.balancer.follow(tp)
             if step is not None:
                 self._forward(step)
 
