@@ -63,6 +63,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
         num_blocks=num_blocks,
         block_size=settings.block_size,
         place=place,
+        quantization=args.config.model(args.model).quantization,
         progress=ByteProgress(f"{args.model}, {args.role}{number}: weights", sys.stderr),
     )
 

@@ -17,6 +17,7 @@ from typing import Literal
 from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.keys import is_sha256
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.quantization import Method, Quantization, choose_method
 from ernie_cluster.errors import ConfigError, UnknownModel
 
 Role = Literal["vision", "prefill", "decode", "mixed"]
@@ -108,6 +109,8 @@ class PoolConfig:
     """Tensor-parallel ranks, at least 1; 1 in vision pools."""
     dp: int = 1
     """Data-parallel groups of `tp` ranks, at least 1; 1 in vision pools."""
+    quantization: Literal["auto", Quantization] = "auto"
+    """auto = the model's; another one is refused, see `ModelDeployment`."""
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "num_replicas")
@@ -142,6 +145,9 @@ class ModelDeployment:
     """One per role: mixed, or prefill and decode, or all three; and vision where pictures are to be served."""
     engine: EngineConfig = EngineConfig()
     """The same for all pools."""
+    quantization: Literal["auto", Quantization] = "auto"
+    """How the decoder's matrices are held, in all pools alike: none, wint8, wint4 (experts in 4 bits, the rest in 8) or fp8
+    (Hopper); auto = as the checkpoint stores them. A plain checkpoint is quantised while it is loaded."""
     image_min_pixels: int | None = None
     """Smaller pictures are enlarged to this, at least 1; None = the checkpoint's preprocessor_config.json."""
     image_max_pixels: int | None = None
@@ -153,6 +159,7 @@ class ModelDeployment:
         if not self.path:
             raise ConfigError("path is empty; name a checkpoint folder")
         self._check_pools()
+        self._check_quantization()
         _check_range(self, 1, "image_min_pixels", "image_max_pixels")
         if self.image_min_pixels and self.image_max_pixels and self.image_max_pixels < self.image_min_pixels:
             raise ConfigError(
@@ -175,9 +182,32 @@ class ModelDeployment:
                     "give it GPUs, or set device to auto"
                 )
 
+    def _check_quantization(self) -> None:
+        """One for all pools. KV and tokens of one pool are continued by another; with other weights there, an answer would
+        depend on which replicas took part in it, and one that goes on after a failure would change."""
+        for pool in self.pools:
+            if pool.quantization not in ("auto", self.quantization):
+                raise ConfigError(
+                    f"pools of {self.name!r}: {pool.role} has quantization = {pool.quantization}, the model has "
+                    f"{self.quantization}; KV that one pool computes is continued by another, so all pools need the same "
+                    "weights: set quantization on the model, or serve it under two names"
+                )
+            if self.quantization == "fp8" and pool.role != "vision" and (not pool.num_gpus or self.engine.device == "cpu"):
+                raise ConfigError(
+                    f"pools of {self.name!r}: quantization = fp8 needs Hopper GPUs or newer ones, {pool.role} runs on CPU; "
+                    "use wint8 or wint4"
+                )
+
     def pool(self, role: Role) -> PoolConfig | None:
         """The pool of this role, or None."""
         return next((p for p in self.pools if p.role == role), None)
+
+    def method(self, stored: Quantization) -> Method | None:
+        """How its weights are held beside a checkpoint that is stored so, None for plain; raises ConfigError if they differ."""
+        try:
+            return choose_method(self.quantization, stored)
+        except ConfigError as e:
+            raise ConfigError(f"model {self.name!r}: {e}") from None
 
     def check_media(self, *, is_multimodal: bool) -> None:
         """Hold the pools against the checkpoint.

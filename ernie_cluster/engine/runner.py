@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.quantization import Quantization
 from ernie_cluster.engine.crew import Command, Crew, empty_step, receive
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.engine.shared_kv import share_kv
@@ -40,13 +42,16 @@ class Runner:
         num_blocks: int,
         block_size: int,
         place: Place = ALONE,
+        quantization: Quantization | Literal["auto"] = "auto",
         progress: Callable[[int, int], None] = no_progress,
     ) -> Runner:
-        """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError.
+        """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError and ConfigError.
 
         `progress(bytes done, bytes in all)` is called as they are read.
         """
-        decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device, shard=place.shard)
+        decoder = build_decoder(
+            config, role, dtype=torch_dtype(dtype), device=device, shard=place.shard, quantization=quantization
+        )
         with Checkpoint(folder) as checkpoint:
             has_vision = has_vision_experts(config, role)
             load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)

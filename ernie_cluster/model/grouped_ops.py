@@ -35,8 +35,8 @@ class GroupedOps(TorchOps):
             last = first + pool.num_experts
             offsets = (ends[first:last] - start).int()
             mine = rows.index_select(0, (place + start) % len(flat))
-            gate, up = functional.grouped_mm(mine, pool.gate_up_EWD.transpose(1, 2), offs=offsets).chunk(2, -1)
-            done = functional.grouped_mm(functional.silu(gate) * up, pool.down_EDW.transpose(1, 2), offs=offsets)
+            gate, up = functional.grouped_mm(mine, pool.gate_up_EWD[...].transpose(1, 2), offs=offsets).chunk(2, -1)
+            done = functional.grouped_mm(functional.silu(gate) * up, pool.down_EDW[...].transpose(1, 2), offs=offsets)
             is_mine = (place >= start) & (place < ends[last - 1])
             out = torch.where(is_mine[:, None], done.index_select(0, (place - start) % len(flat)), out)
             start, first = ends[last - 1], last

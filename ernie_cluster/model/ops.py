@@ -16,15 +16,16 @@ from torch.nn import functional
 
 from ernie_cluster.model.rope import rotate_interleaved
 from ernie_cluster.model.step import StepInput
+from ernie_cluster.model.storage import Weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
     """The experts of one modality, fused."""
 
-    gate_up_EWD: Tensor
+    gate_up_EWD: Weight
     """[E, 2W, D], gate rows first."""
-    down_EDW: Tensor
+    down_EDW: Weight
     """[E, D, W]."""
 
     @property
@@ -43,9 +44,9 @@ def choose_experts(logits_TE: Tensor, bias_TE: Tensor, top_k: int, norm_min: flo
 class TorchOps:
     """Plain torch; no state."""
 
-    def linear(self, x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+    def linear(self, x_TD: Tensor, weight_OD: Weight) -> Tensor:
         """x @ weight.T -> [T, O]."""
-        return functional.linear(x_TD, weight_OD)
+        return functional.linear(x_TD, weight_OD[...])
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """Normalised in float32, cast to x's dtype, then scaled."""
@@ -57,7 +58,7 @@ class TorchOps:
         residual_TD = residual_TD + x_TD
         return self.rms_norm(residual_TD, weight_D, eps), residual_TD
 
-    def gated_mlp(self, x_TD: Tensor, gate_up_WD: Tensor, down_DW: Tensor) -> Tensor:
+    def gated_mlp(self, x_TD: Tensor, gate_up_WD: Weight, down_DW: Weight) -> Tensor:
         """down(silu(gate(x)) * up(x)); gate and up in one matrix, gate rows first."""
         gate, up = self.linear(x_TD, gate_up_WD).chunk(2, -1)
         return self.linear(functional.silu(gate) * up, down_DW)

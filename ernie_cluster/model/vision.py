@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ernie_cluster.config.model import VisionConfig
-from ernie_cluster.model.moe import empty_weight
+from ernie_cluster.model.storage import empty_weight
 from ernie_cluster.model.ops import TorchOps
 from ernie_cluster.model.rope import rotate_half_split, vision_rope
 

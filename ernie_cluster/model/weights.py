@@ -10,6 +10,9 @@ decoder's parameters are
     mlp.gate_up [2W, D]             mlp.down [D, W]              dense layers and shared experts: split over tp
     pools.N.gate_up [E, 2W, D]      pools.N.down [E, D, W]       whole experts, spread over ep
     router.weight [experts, D]      router.bias [pools, experts / pools]     whole on every rank
+
+Where matrices are quantised, attention, MLPs and experts have `codes` and `scales` instead. Codes are those of the whole
+matrix, whatever part of it a rank holds, so every layout of ranks computes with the same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +27,15 @@ from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import CheckpointError
 from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.decoder import Decoder
-from ernie_cluster.model.fill import Copy, check, fill, no_progress
+from ernie_cluster.model.fill import (
+    Copy,
+    check,
+    fill,
+    no_progress,
+    quantised_weights,
+    scales_name,
+    stored_copies,
+)
 from ernie_cluster.model.vision import VisionEncoder
 
 _UNUSED = ("lm_head.weight", "mtp_", ".mtp", "rotary_emb.inv_freq", "moe_statics.expert_usage")
@@ -147,6 +158,8 @@ def _biased(source: str, target: str, *shape: int) -> Iterator[Copy]:
 def check_names(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when the checkpoint has a tensor that the model of its config.json does not know."""
     known = {copy.source for copy in decoder_copies(config, has_vision_experts=config.is_multimodal)}
+    if config.quantization != "none":
+        known |= {scales_name(name) for name in known if name.endswith("_proj.weight")}
     if config.vision is not None:
         known |= {copy.source for copy in vision_copies(config)}
         known |= {f"model.{name}" for name in known if name.startswith("vision_model.")}
@@ -166,8 +179,13 @@ def load_decoder(
     has_vision_experts: bool,
     progress: Callable[[int, int], None] = no_progress,
 ) -> None:
-    """Fill a decoder with its shard; arguments and errors as of `fill`, and CheckpointError for a tensor too many."""
+    """Fill a decoder with its shard; arguments and errors as of `fill`, and CheckpointError for a tensor too many.
+
+    Quantised weights are made on the way, or read as they are stored.
+    """
     copies = list(decoder_copies(config, has_vision_experts=has_vision_experts, shard=decoder.shard))
+    if config.quantization != "none":
+        copies = list(stored_copies(copies, quantised_weights(decoder)))
     _load(decoder, copies, config, checkpoint, progress)
 
 
