@@ -192,7 +192,11 @@ class ModelDeployment:
                     f"{self.quantization}; KV that one pool computes is continued by another, so all pools need the same "
                     "weights: set quantization on the model, or serve it under two names"
                 )
-            if self.quantization == "fp8" and pool.role != "vision" and (not pool.num_gpus or self.engine.device == "cpu"):
+            if (
+                self.quantization == "fp8"
+                and pool.role != "vision"
+                and (not pool.num_gpus or self.engine.device == "cpu")
+            ):
                 raise ConfigError(
                     f"pools of {self.name!r}: quantization = fp8 needs Hopper GPUs or newer ones, {pool.role} runs on CPU; "
                     "use wint8 or wint4"
