@@ -46,7 +46,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
     process.set_threads(settings.threads(args.num_cpus))
     shape = ModelConfig.from_folder(folder)
     dtype = settings.dtype_of(shape.dtype)
-    layout = KVLayout.from_model(shape, settings.block_size, dtype, args.shard.dims.tp)
+    layout = KVLayout.from_model(shape, settings.block_size, settings.kv_dtype_of(shape.dtype), args.shard.dims.tp)
     num_blocks = settings.kv_cache_bytes // layout.block_bytes
     if num_blocks < 2:
         raise ConfigError(
@@ -64,6 +64,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
         block_size=settings.block_size,
         place=place,
         quantization=args.config.model(args.model).quantization,
+        kv_dtype=settings.kv_dtype,
         progress=ByteProgress(f"{args.model}, {args.role}{number}: weights", sys.stderr),
     )
 

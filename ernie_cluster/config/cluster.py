@@ -67,6 +67,8 @@ class EngineConfig:
     """Keep full blocks of finished prompts and share them with prompts that begin alike."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and KV; auto is the checkpoint's own."""
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Of K and V: int8 or fp8 (e4m3) take half of bfloat16's room, with a scale for each token and head; auto is `dtype`."""
     device: Device = "auto"
     """auto: cuda where the replica was given a GPU, else cpu."""
     num_threads: int = 0
@@ -79,8 +81,12 @@ class EngineConfig:
         return self.num_threads or max(1, int(num_cpus))
 
     def dtype_of(self, checkpoint_dtype: str) -> str:
-        """Type of weights and KV for a checkpoint stored as `checkpoint_dtype`."""
+        """Type of weights that are not quantised, and of activations, for a checkpoint stored as `checkpoint_dtype`."""
         return checkpoint_dtype if self.dtype == "auto" else self.dtype
+
+    def kv_dtype_of(self, checkpoint_dtype: str) -> str:
+        """Type of KV, as `KVLayout.from_model` takes it."""
+        return self.dtype_of(checkpoint_dtype) if self.kv_dtype == "auto" else self.kv_dtype
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "block_size", "kv_cache_bytes", "max_batch_tokens", "max_num_seqs")

@@ -43,6 +43,7 @@ class Runner:
         block_size: int,
         place: Place = ALONE,
         quantization: Quantization | Literal["auto"] = "auto",
+        kv_dtype: str = "auto",
         progress: Callable[[int, int], None] = no_progress,
     ) -> Runner:
         """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError and ConfigError.
@@ -50,7 +51,13 @@ class Runner:
         `progress(bytes done, bytes in all)` is called as they are read.
         """
         decoder = build_decoder(
-            config, role, dtype=torch_dtype(dtype), device=device, shard=place.shard, quantization=quantization
+            config,
+            role,
+            dtype=torch_dtype(dtype),
+            device=device,
+            shard=place.shard,
+            quantization=quantization,
+            kv_dtype=kv_dtype,
         )
         with Checkpoint(folder) as checkpoint:
             has_vision = has_vision_experts(config, role)
@@ -60,20 +67,24 @@ class Runner:
 
     @classmethod
     def around(cls, decoder: Decoder, *, num_blocks: int, block_size: int, place: Place = ALONE) -> Runner:
-        """A loaded decoder and an empty cache on its device and in its dtype; ranks of one host share it."""
+        """A loaded decoder and an empty cache on its device, of the type that its kernels know; ranks of one host share it."""
         c, weight = decoder.config, decoder.embed
+        row, dtype = decoder.ops.pages.row(c.head_dim, weight.dtype)
         if place.tp.size > 1 and weight.device.type == "cpu":
-            shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, c.head_dim)
-            return cls(decoder, share_kv(place, shape, weight.dtype), Crew(place))
+            shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, row)
+            return cls(decoder, share_kv(place, shape, dtype), Crew(place))
         num_kv_heads = len(decoder.shard.kv_heads(c.num_kv_heads))
-        kv = KVCache.allocate(
-            c.num_layers, num_blocks, block_size, num_kv_heads, c.head_dim, weight.dtype, weight.device
-        )
+        kv = KVCache.allocate(c.num_layers, num_blocks, block_size, num_kv_heads, row, dtype, weight.device)
         return cls(decoder, kv, Crew(place))
 
     @property
     def device(self) -> torch.device:
         return self.decoder.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, embeddings of pictures among them."""
+        return self.decoder.embed.dtype
 
     @torch.inference_mode()
     def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:

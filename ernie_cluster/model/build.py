@@ -20,6 +20,7 @@ from ernie_cluster.config.quantization import Method, Quantization, choose_metho
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model.decoder import Decoder
 from ernie_cluster.model.grouped_ops import GroupedOps
+from ernie_cluster.model.kv_pages import PAGES, PLAIN_PAGES, PlainPages
 from ernie_cluster.model.ops import TorchOps
 from ernie_cluster.model.storage import Storage
 from ernie_cluster.model.vision import VisionEncoder
@@ -37,7 +38,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def choose_ops(config: ModelConfig, storage: Storage, device: torch.device) -> TorchOps:
+def choose_ops(config: ModelConfig, storage: Storage, pages: PlainPages, device: torch.device) -> TorchOps:
     """Grouped products on GPUs, compiled kernels for bfloat16 on CPU, else plain torch.
 
     `ERNIE_CPU_KERNELS=torch` turns the compiled ones off, `=numba` forces them for small models too.
@@ -46,14 +47,14 @@ def choose_ops(config: ModelConfig, storage: Storage, device: torch.device) -> T
     if wish not in ("auto", "torch", "numba"):
         raise ConfigError(f"ERNIE_CPU_KERNELS={wish!r}: use auto, torch or numba")
     if device.type == "cuda":
-        return GroupedOps()
+        return GroupedOps(pages)
     is_fit = device.type == "cpu" and storage.dtype == torch.bfloat16 and storage.method is None
     is_large = config.text.hidden_size >= _SMALLEST_COMPILED_WIDTH
     if not is_fit or wish == "torch" or (wish == "auto" and not is_large):
-        return TorchOps()
-    from ernie_cluster.model.cpu_ops import NumbaOps  # numba takes a second to import
+        return TorchOps(pages)
+    from ernie_cluster.model.cpu_ops import NumbaOps, NumbaProducts  # numba takes a second to import
 
-    ops: TorchOps = NumbaOps()
+    ops: TorchOps = NumbaOps() if pages is PLAIN_PAGES else NumbaProducts(pages)
     return ops
 
 
@@ -70,8 +71,13 @@ def build_decoder(
     device: torch.device,
     shard: Shard = WHOLE,
     quantization: Quantization | Literal["auto"] = "auto",
+    kv_dtype: str = "auto",
 ) -> Decoder:
     """An unfilled decoder with the parts of `role` that the rank of `shard` holds.
+
+    Args:
+        dtype: of numbers that are not quantised, and of KV where `kv_dtype` does not name another.
+        kv_dtype: see `EngineConfig`.
 
     Raises:
         ConfigError: a size of the model is not divided by the ranks that share it, or by the blocks of a quantisation; or
@@ -82,9 +88,9 @@ def build_decoder(
     if method is not None:
         shard.dims.check_blocks(config, method)
         check_device(method, device)
-    storage = Storage(dtype, method)
+    storage, pages = Storage(dtype, method), PAGES.get(kv_dtype, PLAIN_PAGES)
     with torch.device(device):
-        ops, sees = choose_ops(config, storage, device), has_vision_experts(config, role)
+        ops, sees = choose_ops(config, storage, pages, device), has_vision_experts(config, role)
         return Decoder(config.text, has_vision_experts=sees, storage=storage, ops=ops, shard=shard)
 
 

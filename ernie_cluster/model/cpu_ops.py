@@ -16,6 +16,7 @@ from torch import Tensor
 os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
 
 from ernie_cluster.model import cpu_kernels
+from ernie_cluster.model.kv_pages import PLAIN_PAGES, PlainPages
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from ernie_cluster.model.step import StepInput
 
@@ -38,7 +39,8 @@ def _new(*shape: int) -> Tensor:
 class NumbaOps(TorchOps):
     """See `TorchOps`; keeps a view of each weight that it has seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, pages: PlainPages = PLAIN_PAGES) -> None:
+        super().__init__(pages)
         self._views: dict[int, tuple[Tensor, NDArray[Any]]] = {}
 
     def linear(self, x_TD: Tensor, weight_OD: Tensor) -> Tensor:
@@ -132,3 +134,10 @@ class NumbaOps(TorchOps):
         if known is None:
             known = self._views[id(weight)] = (weight, _bits(weight.data).view(np.uint32))
         return known[1]
+
+
+class NumbaProducts(NumbaOps):
+    """The compiled products, beside pages in 8 bits, which no compiled kernel reads."""
+
+    rotate_and_store = TorchOps.rotate_and_store
+    decode_attention = TorchOps.decode_attention

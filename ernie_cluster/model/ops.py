@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ernie_cluster.model.kv_pages import PLAIN_PAGES, PlainPages
 from ernie_cluster.model.rope import rotate_interleaved
 from ernie_cluster.model.step import StepInput
 from ernie_cluster.model.storage import Weight
@@ -42,7 +43,14 @@ def choose_experts(logits_TE: Tensor, bias_TE: Tensor, top_k: int, norm_min: flo
 
 
 class TorchOps:
-    """Plain torch; no state."""
+    """Plain torch; no state.
+
+    Args:
+        pages: how K and V lie in the cache.
+    """
+
+    def __init__(self, pages: PlainPages = PLAIN_PAGES) -> None:
+        self.pages = pages
 
     def linear(self, x_TD: Tensor, weight_OD: Weight) -> Tensor:
         """x @ weight.T -> [T, O]."""
@@ -76,14 +84,14 @@ class TorchOps:
 
         Args:
             qkv_TX: [T, (H + 2G) * head_dim].
-            pages: K and V of one layer, each [blocks, block_size, G, head_dim]; changed in place.
+            pages: K and V of one layer, each [blocks, block_size, G, row]; changed in place.
         """
         k_pages, v_pages = pages
-        num_kv_heads, head_dim = k_pages.shape[2:]
-        heads = qkv_TX.view(qkv_TX.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+        num_kv_heads = k_pages.shape[2]
+        heads = qkv_TX.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
         turned = rotate_interleaved(heads[:, : num_heads + num_kv_heads], cos_TF, sin_TF)
-        k_pages.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, turned[:, num_heads:])
-        v_pages.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, heads[:, num_heads + num_kv_heads :])
+        self.pages.write(k_pages, slots_T, turned[:, num_heads:])
+        self.pages.write(v_pages, slots_T, heads[:, num_heads + num_kv_heads :])
         return turned[:, :num_heads]
 
     def attention(self, q_THD: Tensor, pages: tuple[Tensor, Tensor], step: StepInput) -> Tensor:
@@ -105,7 +113,8 @@ class TorchOps:
         num, longest = step.num_decode, max(step.context_lens[: step.num_decode])
         block_size = pages[0].shape[1]
         tables = step.block_tables_BM[:num, : -(-longest // block_size)].long()
-        k, v = (p[tables].flatten(1, 2)[:, :longest].transpose(1, 2) for p in pages)
+        blocks = (self.pages.read(p, tables, q_BHD.dtype) for p in pages)
+        k, v = (b.flatten(1, 2)[:, :longest].transpose(1, 2) for b in blocks)
         is_valid = torch.arange(longest, device=q_BHD.device)[None] < step.seq_lens_B[:num, None]
         out = functional.scaled_dot_product_attention(
             q_BHD[:, :, None], k, v, attn_mask=is_valid[:, None, None], enable_gqa=True
@@ -117,7 +126,8 @@ class TorchOps:
         query, context = step.query_lens[i], step.context_lens[i]
         block_size = pages[0].shape[1]
         table = step.block_tables_BM[i, : -(-context // block_size)].long()
-        k, v = (p[table].flatten(0, 1)[:context].transpose(0, 1)[None] for p in pages)
+        blocks = (self.pages.read(p, table, q_QHD.dtype) for p in pages)
+        k, v = (b.flatten(0, 1)[:context].transpose(0, 1)[None] for b in blocks)
         mask = None
         if query != context:
             positions = torch.arange(context, device=q_QHD.device)

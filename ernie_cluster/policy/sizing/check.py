@@ -20,7 +20,7 @@ def setting_of(deployment: ModelDeployment, shape: ModelConfig, gpu: Gpu | None)
     method = deployment.method(shape.quantization)
     weights = FORMATS[dtype] if method is None else replace(FORMATS[method.name], plain_bits=FORMATS[dtype].plain_bits)
     pixels = deployment.image_max_pixels or memory.IMAGE_MAX_PIXELS
-    return Setting(shape, deployment.engine, weights, dtype, gpu, pixels)
+    return Setting(shape, deployment.engine, weights, deployment.engine.kv_dtype_of(shape.dtype), gpu, pixels)
 
 
 def size_deployment(deployment: ModelDeployment, setting: Setting) -> tuple[PoolSizing, ...]:

@@ -28,7 +28,7 @@ class Setting:
     engine: EngineConfig
     weights: WeightFormat
     kv: str
-    """A key of `memory.KV_BYTES`."""
+    """One of `memory.KV_TYPES`."""
     gpu: Gpu | None
     """Of the pools that have GPUs; None when there are none."""
     image_max_pixels: int = memory.IMAGE_MAX_PIXELS

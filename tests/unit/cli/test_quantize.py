@@ -62,7 +62,7 @@ def test_files_are_bounded_and_counted(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == [
         f"model-{i:05}-of-{len(sizes):05}.safetensors" for i in range(1, len(sizes) + 1)
     ]
-    assert sorted(sizes)[-2] < 610_000  # the embedding is larger, and has a file to itself
+    assert sorted(sizes)[-2] < 630_000  # the embedding is larger, and has a file to itself
     assert after < before
     assert sum(sizes) > after
 
