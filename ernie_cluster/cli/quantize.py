@@ -146,7 +146,8 @@ def _by_runs(numbers: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     """What `codec.quantise` gives, by way of less memory."""
     r = codec.block[0]
     step = max(1, _RUN_BYTES // (numbers.shape[1] * numbers.itemsize) // r) * r
-    codes, scales = zip(*(codec.quantise(run) for run in numbers.split(step)), strict=True)
+    runs = (numbers[first : first + step] for first in range(0, len(numbers), step))
+    codes, scales = zip(*map(codec.quantise, runs), strict=True)
     return torch.cat(codes), torch.cat(scales)
 
 

@@ -39,7 +39,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def choose_ops(config: ModelConfig, storage: Storage, pages: PlainPages, device: torch.device) -> TorchOps:
-    """Grouped products on GPUs, compiled kernels for bfloat16 on CPU, else plain torch.
+    """Grouped products on GPUs, compiled kernels for bfloat16 (and 8 and 4 bits) on CPU, else plain torch.
 
     `ERNIE_CPU_KERNELS=torch` turns the compiled ones off, `=numba` forces them for small models too.
     """
@@ -48,13 +48,14 @@ def choose_ops(config: ModelConfig, storage: Storage, pages: PlainPages, device:
         raise ConfigError(f"ERNIE_CPU_KERNELS={wish!r}: use auto, torch or numba")
     if device.type == "cuda":
         return GroupedOps(pages)
-    is_fit = device.type == "cpu" and storage.dtype == torch.bfloat16 and storage.method is None
+    method = storage.method
+    is_fit = device.type == "cpu" and storage.dtype == torch.bfloat16 and not (method and method.is_fp8)
     is_large = config.text.hidden_size >= _SMALLEST_COMPILED_WIDTH
     if not is_fit or wish == "torch" or (wish == "auto" and not is_large):
         return TorchOps(pages)
-    from ernie_cluster.model.cpu_ops import NumbaOps, NumbaProducts  # numba takes a second to import
+    from ernie_cluster.model.cpu_ops import NumbaCodeOps, NumbaOps  # numba takes a second to import
 
-    ops: TorchOps = NumbaOps() if pages is PLAIN_PAGES else NumbaProducts(pages)
+    ops: TorchOps = NumbaOps(pages) if method is None else NumbaCodeOps(pages)
     return ops
 
 

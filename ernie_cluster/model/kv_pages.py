@@ -49,9 +49,9 @@ class EightBitPages(PlainPages):
         super().write(pages, slots_T, torch.cat(parts, 1).view(*rows_TGD.shape[:2], -1))
 
     def read(self, pages: Tensor, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-        codes, scales = super().read(pages, blocks, dtype).split((pages.shape[-1] - 2, 2), -1)
-        numbers = codes.view(self._codec.dtype).to(dtype)
-        return numbers.mul_(scales.contiguous().view(torch.bfloat16).to(dtype))
+        rows = super().read(pages, blocks, dtype)
+        numbers = rows[..., :-2].view(self._codec.dtype).to(dtype)
+        return numbers.mul_(rows[..., -2:].contiguous().view(torch.bfloat16).to(dtype))
 
 
 PAGES: Mapping[str, PlainPages] = {

@@ -56,6 +56,10 @@ class TorchOps:
         """x @ weight.T -> [T, O]."""
         return functional.linear(x_TD, weight_OD[...])
 
+    def expert_linear(self, x_TD: Tensor, weight_EOD: Weight, expert: int) -> Tensor:
+        """The same with one expert's matrix."""
+        return functional.linear(x_TD, weight_EOD[expert])
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """Normalised in float32, cast to x's dtype, then scaled."""
         x = x_TD.float()
@@ -87,8 +91,9 @@ class TorchOps:
             pages: K and V of one layer, each [blocks, block_size, G, row]; changed in place.
         """
         k_pages, v_pages = pages
-        num_kv_heads = k_pages.shape[2]
-        heads = qkv_TX.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
+        num_tokens, num_kv_heads = qkv_TX.shape[0], k_pages.shape[2]
+        num_all = num_heads + 2 * num_kv_heads
+        heads = qkv_TX.view(num_tokens, num_all, qkv_TX.shape[1] // num_all)
         turned = rotate_interleaved(heads[:, : num_heads + num_kv_heads], cos_TF, sin_TF)
         self.pages.write(k_pages, slots_T, turned[:, num_heads:])
         self.pages.write(v_pages, slots_T, heads[:, num_heads + num_kv_heads :])
@@ -164,8 +169,8 @@ class TorchOps:
             for e in range(pool.num_experts):
                 end = start + counts[expert]
                 if end > start:
-                    gate, up = functional.linear(rows[start:end], pool.gate_up_EWD[e]).chunk(2, -1)
-                    torch.mm(functional.silu(gate).mul_(up), pool.down_EDW[e].T, out=out[start:end])
+                    gate, up = self.expert_linear(rows[start:end], pool.gate_up_EWD, e).chunk(2, -1)
+                    out[start:end] = self.expert_linear(functional.silu(gate).mul_(up), pool.down_EDW, e)
                 start, expert = end, expert + 1
         by_token = torch.empty_like(out).index_copy_(0, order, out).view(num_tokens, top_k, x_TD.shape[1])
         return torch.bmm(weights_TK.to(x_TD.dtype)[:, None], by_token)[:, 0]

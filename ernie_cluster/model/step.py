@@ -72,9 +72,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVCache:
-        return cls(
-            torch.zeros(num_layers, 2, num_blocks, block_size, num_kv_heads, row, dtype=dtype, device=device)
-        )
+        return cls(torch.zeros(num_layers, 2, num_blocks, block_size, num_kv_heads, row, dtype=dtype, device=device))
 
     @property
     def block_size(self) -> int:

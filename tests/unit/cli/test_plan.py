@@ -102,9 +102,7 @@ def test_option_and_argument_name_the_same_configuration(capsys: pytest.CaptureF
     assert plan(capsys, "--config", str(file)) == plan(capsys, str(file))
 
 
-def test_bf16_is_bfloat16_and_quantised_plans_can_be_served(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_bf16_is_bfloat16_and_quantised_plans_can_be_served(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert plan(capsys, *WHOLE_28B, "--quantization", "bf16", "--kv-dtype", "bf16") == plan(capsys, *WHOLE_28B)
     code, shown = plan(capsys, *WHOLE_28B, "--quantization", "wint4", "--kv-dtype", "fp8")
     assert code == 0

@@ -26,7 +26,9 @@ def test_what_was_written_is_read_and_nothing_else_changes(name: str, seed: int,
     slots = torch.randperm(16, generator=generator)[:num] + 4
     kind.write(pages, slots, rows)
     got = kind.read(pages, torch.arange(5), dtype).flatten(0, 1)
-    bound = {"plain": 0.0, "int8": 0.5 / 127 + 2**-8, "fp8": 2**-4 + 2**-8}[name] * rows.float().abs().amax(-1, keepdim=True)
+    bound = {"plain": 0.0, "int8": 0.5 / 127 + 2**-8, "fp8": 2**-4 + 2**-8}[name] * rows.float().abs().amax(
+        -1, keepdim=True
+    )
     assert ((got[slots].float() - rows.float()).abs() <= bound).all()
     others = torch.ones(20, dtype=torch.bool).index_fill_(0, slots, False)
     assert not got[others].any()
@@ -39,4 +41,6 @@ def test_layout_and_cache_agree_on_bytes(name: str, tp: int) -> None:
     config = tiny.tiny_config()
     layout = KVLayout.from_model(config, tiny.BLOCK_SIZE, name, tp)
     row, dtype = PAGES.get(name, PLAIN_PAGES).row(config.text.head_dim, torch.float32)
-    assert layout.bytes_per_token == config.text.num_layers * 2 * (config.text.num_kv_heads // tp) * row * dtype.itemsize
+    assert (
+        layout.bytes_per_token == config.text.num_layers * 2 * (config.text.num_kv_heads // tp) * row * dtype.itemsize
+    )

@@ -28,11 +28,11 @@ from ernie_cluster.model.grouped_ops import GroupedOps
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from ernie_cluster.model.quant import codec_of
 from ernie_cluster.model.step import KVCache
-from ernie_cluster.model.storage import Storage
 from ernie_cluster.model.weights import load_decoder
 from ernie_cluster.policy.sizing.formats import FORMATS
 from ernie_cluster.policy.sizing.weights import rank_matrices
 from tests import synthetic, tiny
+from tests.quantised import quantised
 from tests.shapes import SMALL, TEXT_03B, VL_28B, VL_424B
 
 META = torch.device("meta")
@@ -161,17 +161,17 @@ def test_logits_stay_close(name: Quantization, alike: float) -> None:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("ops", [TorchOps(), GroupedOps()], ids=["torch", "grouped"])
 def test_products_are_those_of_the_numbers(name: Quantization, ops: TorchOps) -> None:
-    generator = torch.Generator().manual_seed(1)
-    storage, plain = Storage(torch.bfloat16, METHODS[name]), []
-    weights = [storage.expert(3, 32, 16), storage.expert(3, 16, 16), storage.linear(32, 16), storage.linear(16, 16)]
-    for weight in weights:
-        assert not isinstance(weight, torch.nn.Parameter)
-        numbers = torch.randn(weight.shape, generator=generator).view(-1, *weight.shape[-2:])
-        for i, matrix in enumerate(numbers):
-            codes, scales = weight.codec.quantise(matrix)
-            weight.codes.view(-1, *codes.shape)[i] = codes
-            weight.scales.view(-1, *scales.shape)[i] = scales
-        plain.append(weight[...])
+    generator, method = torch.Generator().manual_seed(1), METHODS[name]
+    weights = [
+        quantised(torch.randn(shape, generator=generator), codec_of(method, bits))
+        for shape, bits in (
+            ((3, 32, 16), method.expert_bits),
+            ((3, 16, 16), method.expert_bits),
+            ((32, 16), method.linear_bits),
+            ((16, 16), method.linear_bits),
+        )
+    ]
+    plain = [weight[...] for weight in weights]
     x = torch.randn(5, 16, generator=generator).bfloat16()
     ids, shares = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]]), torch.full((5, 2), 0.5)
     pool = [ExpertWeights(weights[0], weights[1])]
@@ -223,7 +223,7 @@ def test_a_configuration_that_does_not_belong_to_the_weights_is_refused(tmp_path
     "entry", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "ernie_cluster", "format": "wint2"}, "wint4"]
 )
 def test_foreign_forms_are_refused(entry: Any) -> None:
-    with pytest.raises(ConfigError, match="quantization_config .* is not read here"):
+    with pytest.raises(ConfigError, match=r"quantization_config .* is not read here"):
         ModelConfig.from_dict(SMALL | {"quantization_config": entry})
 
 
