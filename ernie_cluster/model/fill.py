@@ -24,6 +24,9 @@ from ernie_cluster.model.storage import QuantisedWeight
 PIECE_BYTES = 16 << 20
 """Most that one thread reads at a time; one row, or a transposed tensor, may be more."""
 
+_QUANTISING = 8
+"""The arithmetic takes so many times the bytes that are quantised."""
+
 NUM_THREADS = 4
 """Enough to keep a disk busy; two read from memory as fast as four on two cores."""
 
@@ -206,7 +209,7 @@ def _quantised_pieces(copy: Copy, entry: Entry, weight: QuantisedWeight) -> Iter
     rows, kept, every = copy.rows, slice(copy.columns.start, copy.columns.stop), range(copy.shape[1])
     codes, scales = weight.codes.data[copy.index or ...], weight.scales.data[scales_index(copy, weight.codec) or ...]
     r = weight.codec.block[0]
-    step = -(-_rows_at_once(len(every), entry) // r) * r
+    step = -(-_rows_at_once(len(every), entry) // (_QUANTISING * r)) * r
     for first in range(0, len(rows), step):
         run = slice(first, first + step)
         mine = scales[first // r : (first + step) // r]

@@ -79,7 +79,14 @@ class Codec:
             columns: C, which cannot be told from packed codes.
             dtype: of the result.
         """
-        return self._codes(codes, columns, dtype).mul_(self._spread(scales.to(dtype), codes.shape[-2], columns))
+        numbers, scales, (r, c) = self._codes(codes, columns, dtype), scales.to(dtype), self.block
+        rows = numbers.shape[-2]
+        if not c:
+            return numbers.mul_(scales)
+        if rows % r or columns % c:
+            return numbers.mul_(scales.repeat_interleave(r, -2)[..., :rows, :].repeat_interleave(c, -1)[..., :columns])
+        numbers.view(*numbers.shape[:-2], rows // r, r, columns // c, c).mul_(scales[..., :, None, :, None])
+        return numbers
 
     def _stored(self, codes_RC: Tensor) -> Tensor:
         if self.dtype == torch.float8_e4m3fn:
@@ -97,13 +104,6 @@ class Codec:
         out = torch.empty(*stored.shape[:-1], 2 * stored.shape[-1], dtype=dtype, device=stored.device)
         out[..., 0::2], out[..., 1::2] = stored & 15, stored >> 4
         return out.sub_(8)[..., :columns]
-
-    def _spread(self, scales: Tensor, rows: int, columns: int) -> Tensor:
-        """Each block's scale for all its numbers, as far as it does not spread by itself."""
-        r, c = self.block
-        if not c:
-            return scales
-        return scales.repeat_interleave(r, -2)[..., :rows, :].repeat_interleave(c, -1)[..., :columns]
 
 
 def codec_of(method: Method, bits: int) -> Codec:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Protocol
@@ -48,6 +49,12 @@ class QuantisedWeight(nn.Module):
         *experts, rows, columns = shape
         self.codes = empty_weight(*experts, *codec.codes_shape(rows, columns), dtype=codec.dtype)
         self.scales = empty_weight(*experts, *codec.scales_shape(rows, columns), dtype=torch.float32)
+
+    def fill(self, numbers: Callable[[int, int], Tensor]) -> None:
+        """Hold these numbers, one matrix after the other; `numbers` is called with R and C."""
+        codes, scales = (part.data.view(-1, *part.shape[-2:]) for part in (self.codes, self.scales))
+        for i in range(len(codes)):
+            codes[i], scales[i] = self.codec.quantise(numbers(self.shape[-2], self.shape[-1]))
 
     def __getitem__(self, index: int | EllipsisType, /) -> Tensor:
         return self.codec.dequantise(self.codes[index], self.scales[index], self.shape[-1], self.dtype)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ernie_cluster.config.model import ExpertPool, ModelConfig, TextConfig, VisionConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
@@ -216,11 +216,23 @@ def _load(
 def randomize(module: nn.Module, seed: int = 0) -> None:
     """Random weights of a sensible size, for benchmarks and tests without a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
+    weights = quantised_weights(module)
     for name, p in module.named_parameters():
-        if name.endswith(("norm", "after_norm", "ln.weight", "norm1.weight", "norm2.weight")):
+        owner, _, kind = name.rpartition(".")
+        if owner in weights:
+            if kind == "codes":
+                weights[owner].fill(lambda *shape: _uniform(torch.empty(shape), generator))
+        elif name.endswith(("norm", "after_norm", "ln.weight", "norm1.weight", "norm2.weight")):
             p.fill_(1.0)
         elif name.endswith("bias"):
             p.zero_()
+        elif name == "embed":
+            _uniform(p, generator, 1.0)
         else:
-            scale = 1.0 if name == "embed" else p.shape[-1] ** -0.5
-            p.uniform_(-scale * 3**0.5, scale * 3**0.5, generator=generator)
+            _uniform(p, generator)
+
+
+def _uniform(p: Tensor, generator: torch.Generator, scale: float | None = None) -> Tensor:
+    """Numbers of this standard deviation; by default, such that products have that of their input."""
+    bound = 3**0.5 * (p.shape[-1] ** -0.5 if scale is None else scale)
+    return p.uniform_(-bound, bound, generator=generator)

@@ -61,6 +61,18 @@ def decoder_activation_bytes(
     return tokens * (always + layer) * number_bytes + logits
 
 
+def unpacked_bytes(model: ModelConfig, dims: ParallelDims, number_bytes: int, *, has_vision_experts: bool) -> int:
+    """Of the largest quantised weight on one rank, which GPUs unpack before they multiply it.
+
+    28B in bfloat16, one rank: gate and up of 64 experts, 1.01 GB.
+    """
+    text = model.text
+    pools = [p for p in (text.text_experts, text.vision_experts if has_vision_experts else None) if p is not None]
+    rows = [2 * p.intermediate_size * -(-p.num_experts // dims.ep) for p in pools]
+    rows.append(2 * max(text.intermediate_size, text.shared_intermediate_size) // dims.tp)
+    return max(rows) * text.hidden_size * number_bytes
+
+
 def vision_activation_bytes(vision: VisionConfig, num_patches: int, number_bytes: int) -> int:
     """Peak of encoding one picture or video, which goes through the ViT whole.
 

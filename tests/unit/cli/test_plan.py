@@ -76,10 +76,10 @@ def test_json_has_every_rank_and_both_estimates(capsys: pytest.CaptureFixture[st
 
 
 def test_a_refusal_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan_json(capsys, "--model", "28b", "--gpu", "rtx4090", "--count", "1")
+    found = plan_json(capsys, "--model", "28b", "--gpu", "l40s", "--count", "1")
     assert not found["fits"]
     assert found["models"][0]["estimates"] is None
-    assert {"change": "wint4 weights on these GPUs", "options": "--quantization wint4"} in found["models"][0]["nearest"]
+    assert {"change": "wint8 weights on these GPUs", "options": "--quantization wint8"} in found["models"][0]["nearest"]
 
 
 def test_a_configuration_on_cpu_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
