@@ -198,26 +198,28 @@ class ModelDeployment:
                     f"{self.quantization}; KV that one pool computes is continued by another, so all pools need the same "
                     "weights: set quantization on the model, or serve it under two names"
                 )
-            if (
-                self.quantization == "fp8"
-                and pool.role != "vision"
-                and (not pool.num_gpus or self.engine.device == "cpu")
-            ):
-                raise ConfigError(
-                    f"pools of {self.name!r}: quantization = fp8 needs Hopper GPUs or newer ones, {pool.role} runs on CPU; "
-                    "use wint8 or wint4"
-                )
 
     def pool(self, role: Role) -> PoolConfig | None:
         """The pool of this role, or None."""
         return next((p for p in self.pools if p.role == role), None)
 
     def method(self, stored: Quantization) -> Method | None:
-        """How its weights are held beside a checkpoint that is stored so, None for plain; raises ConfigError if they differ."""
+        """How its weights are held, None for plain ones, beside a checkpoint that is stored so.
+
+        Raises:
+            ConfigError: the two differ, or a pool runs where the method does not.
+        """
         try:
-            return choose_method(self.quantization, stored)
+            method = choose_method(self.quantization, stored)
         except ConfigError as e:
             raise ConfigError(f"model {self.name!r}: {e}") from None
+        on_cpu = [p.role for p in self.pools if p.role != "vision" and (not p.num_gpus or self.engine.device == "cpu")]
+        if method is not None and method.is_fp8 and on_cpu:
+            raise ConfigError(
+                f"model {self.name!r}: quantization = fp8 needs Hopper GPUs or newer ones, and pool {on_cpu[0]} runs on CPU; "
+                "use wint8 or wint4"
+            )
+        return method
 
     def check_media(self, *, is_multimodal: bool) -> None:
         """Hold the pools against the checkpoint.
