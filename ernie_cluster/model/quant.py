@@ -62,12 +62,14 @@ class Codec:
         """(codes, scales float32) of a matrix of any float type; what is not finite gives scales that are not."""
         rows, columns = numbers_RC.shape
         r, c = self.block[0], self.block[1] or columns
-        padded = functional.pad(numbers_RC.float(), (0, -columns % c, 0, -rows % r))
+        padded = numbers_RC.float()
+        if columns % c or rows % r:
+            padded = functional.pad(padded, (0, -columns % c, 0, -rows % r))
         blocks = padded.view(padded.shape[0] // r, r, padded.shape[1] // c, c)
-        largest = blocks.abs().amax((1, 3), keepdim=True)
+        largest = torch.maximum(blocks.amax((1, 3), keepdim=True), -blocks.amin((1, 3), keepdim=True))
         scales = (largest / self.top).bfloat16().float()
         scales = torch.where(largest < _SMALLEST, 1.0, scales)
-        codes = (blocks / scales).view(padded.shape)[:rows, :columns].clamp(-self.top, self.top)
+        codes = (blocks / scales).view(padded.shape)[:rows, :columns].clamp_(-self.top, self.top)
         return self._stored(codes), scales[:, 0, :, 0]
 
     def dequantise(self, codes: Tensor, scales: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -91,7 +93,7 @@ class Codec:
     def _stored(self, codes_RC: Tensor) -> Tensor:
         if self.dtype == torch.float8_e4m3fn:
             return codes_RC.to(self.dtype)
-        whole = codes_RC.round().to(torch.int8)
+        whole = codes_RC.round_().to(torch.int8)
         if self.per_item == 1:
             return whole
         halves = functional.pad(whole + 8, (0, whole.shape[1] % 2)).to(torch.uint8)

@@ -69,9 +69,10 @@ def evaluate(
     num_samples: int,
     skills: Sequence[str] = SKILLS,
     quantization: Literal["auto", Quantization] = "auto",
+    kv_dtype: str = "auto",
 ) -> dict[tuple[str, Language], Score]:
     """Score every skill; prints a line for each, and one for all questions together."""
-    respondent = Respondent(folder, quantization)
+    respondent = Respondent(folder, quantization, kv_dtype)
     languages: tuple[Language, ...] = ("en", "zh")
     out = {}
     for skill in skills:
@@ -97,9 +98,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200, help="questions per skill and language")
     parser.add_argument("--skills", nargs="*", default=SKILLS)
     parser.add_argument("--quantization", choices=["auto", "none", *METHODS], default="auto", help="of the decoder")
+    parser.add_argument("--kv-dtype", choices=["auto", "int8", "fp8"], default="auto", help="of K and V")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    evaluate(args.folder, args.samples, args.skills, args.quantization)
+    evaluate(args.folder, args.samples, args.skills, args.quantization, args.kv_dtype)
 
 
 if __name__ == "__main__":

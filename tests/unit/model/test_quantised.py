@@ -20,7 +20,7 @@ from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.scheduler import Schedule
 from ernie_cluster.engine.sequence import Sequence
 from ernie_cluster.errors import CheckpointError, ConfigError
-from ernie_cluster.model.build import build_decoder
+from ernie_cluster.model.build import build_decoder, check_device
 from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.decoder import Decoder
 from ernie_cluster.model.fill import quantised_weights
@@ -247,3 +247,16 @@ def test_config_json_says_how_it_is_stored() -> None:
     raw = json.loads((stored(16, "wint4") / "config.json").read_text())
     assert raw["quantization_config"] == {"quant_method": "ernie_cluster", "format": "wint4", "block": [1, 0]}
     assert ModelConfig.from_folder(stored(16, "wint4")).quantization == "wint4"
+
+
+@pytest.mark.parametrize(("capability", "is_new"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_fp8_needs_hopper(capability: tuple[int, int], is_new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    gpu = torch.device("cuda")
+    check_device(METHODS["wint4"], gpu)
+    if is_new:
+        check_device(METHODS["fp8"], gpu)
+    else:
+        with pytest.raises(ConfigError, match="fp8 needs a Hopper GPU or a newer one, and this is Some GPU; use wint8"):
+            check_device(METHODS["fp8"], gpu)
