@@ -28,7 +28,7 @@ from ernie_cluster.model.grouped_ops import GroupedOps
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from ernie_cluster.model.quant import codec_of
 from ernie_cluster.model.step import KVCache
-from ernie_cluster.model.weights import load_decoder
+from ernie_cluster.model.weights import load_decoder, randomize
 from ernie_cluster.policy.sizing.formats import FORMATS
 from ernie_cluster.policy.sizing.weights import rank_matrices
 from tests import synthetic, tiny
@@ -260,3 +260,11 @@ def test_fp8_needs_hopper(capability: tuple[int, int], is_new: bool, monkeypatch
     else:
         with pytest.raises(ConfigError, match="fp8 needs a Hopper GPU or a newer one, and this is Some GPU; use wint8"):
             check_device(METHODS["fp8"], gpu)
+
+
+def test_random_weights_for_benchmarks_are_sensible() -> None:
+    config = ModelConfig.from_dict(SMALL)
+    decoder = build_decoder(config, "mixed", dtype=torch.float32, device=tiny.CPU, quantization="wint4")
+    randomize(decoder)
+    for name, weight in quantised_weights(decoder).items():
+        assert float(weight[...].std()) == pytest.approx(weight.shape[-1] ** -0.5, rel=0.3), name
