@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ernie_cluster.cli.main import main
-from ernie_cluster.cli.quantize import quantise
+from ernie_cluster.cli.quantize_run import quantise
 from ernie_cluster.config.quantization import METHODS
 from ernie_cluster.model.checkpoint import INDEX
 from tests import tiny
@@ -124,7 +124,7 @@ def test_a_disk_that_is_full(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ernie_cluster.cli.quantize.save_file", full)
+    monkeypatch.setattr("ernie_cluster.cli.quantize_run.save_file", full)
     assert main(["quantize", tiny.tiny_folder(), str(tmp_path / "out")]) == 2
     assert f"{tmp_path / 'out'}: cannot be written: No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ernie_cluster.cli.quantize import quantise
+from ernie_cluster.cli.quantize_run import quantise
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims, Shard
 from ernie_cluster.config.quantization import METHODS, Quantization
