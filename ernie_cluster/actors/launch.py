@@ -42,8 +42,11 @@ def check(config: ClusterConfig) -> None:
     for model in config.models:
         shape = ModelConfig.from_folder(model.path)
         model.check_media(is_multimodal=shape.is_multimodal)
+        method = model.method(shape.quantization)
         for pool in model.pools:
             pool.dims.check(shape)
+            if method is not None and pool.role != "vision":
+                pool.dims.check_blocks(shape, method)
             if pool.tp > 1 and (pool.num_gpus or model.engine.device == "cuda"):
                 raise ConfigError(
                     f"model {model.name!r}, pool {pool.role}: tp = {pool.tp} on GPUs; in this version the ranks of a "

@@ -49,7 +49,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
     process.set_threads(settings.threads(args.num_cpus))
     shape = ModelConfig.from_folder(folder)
     dtype = settings.dtype_of(shape.dtype)
-    layout = KVLayout.from_model(shape, settings.block_size, dtype, args.shard.dims.tp)
+    layout = KVLayout.from_model(shape, settings.block_size, settings.kv_dtype_of(shape.dtype), args.shard.dims.tp)
     num_blocks = settings.kv_cache_bytes // layout.block_bytes
     if num_blocks < 2:
         raise ConfigError(
@@ -68,6 +68,8 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
         place=place,
         max_graphed=settings.max_num_seqs if settings.cuda_graphs else 0,
         rule=rule_of(args),
+        quantization=args.config.model(args.model).quantization,
+        kv_dtype=settings.kv_dtype,
         progress=ByteProgress(f"{args.model}, {args.role}{number}: weights", sys.stderr),
     )
 

@@ -20,7 +20,7 @@ from ernie_cluster.policy.sizing.check import pools_of, remedy, setting_of, size
 from ernie_cluster.policy.sizing.formats import FORMATS
 from ernie_cluster.policy.sizing.gpus import GPUS, Gpu, gpu
 from ernie_cluster.policy.sizing.layout import Wish, nearest, place
-from ernie_cluster.policy.sizing.memory import IMAGE_MAX_PIXELS, KV_BYTES
+from ernie_cluster.policy.sizing.memory import IMAGE_MAX_PIXELS, KV_TYPES
 from ernie_cluster.policy.sizing.pools import Setting
 
 _EXAMPLES = f"""\
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bf16 (default), fp8 (blocks of 128 x 128), wint8, or wint4: experts in 4 bits, other linear layers in 8",
     )
     parser.add_argument(
-        "--kv-dtype", choices=[*_ALIASES, *KV_BYTES], metavar="TYPE", help="bf16 (default), fp8 or int8"
+        "--kv-dtype", choices=[*_ALIASES, *KV_TYPES], metavar="TYPE", help="bf16 (default), fp8 or int8"
     )
     parser.add_argument("--max-model-len", metavar="N", type=int, help="longest sequence (default 32768)")
     parser.add_argument("--max-num-seqs", metavar="N", type=int, help="sequences at a time (default 64)")

@@ -17,6 +17,7 @@ from typing import Literal
 from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.keys import is_sha256
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.quantization import Method, Quantization, choose_method
 from ernie_cluster.errors import ConfigError, UnknownModel
 
 Role = Literal["vision", "prefill", "decode", "mixed"]
@@ -69,6 +70,8 @@ class EngineConfig:
     """Keep full blocks of finished prompts and share them with prompts that begin alike."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and KV; auto is the checkpoint's own."""
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Of K and V: int8 or fp8 (e4m3) take half of bfloat16's room, with a scale for each token and head; auto is `dtype`."""
     device: Device = "auto"
     """auto: cuda where the replica was given a GPU, else cpu."""
     num_threads: int = 0
@@ -83,8 +86,12 @@ class EngineConfig:
         return self.num_threads or max(1, int(num_cpus))
 
     def dtype_of(self, checkpoint_dtype: str) -> str:
-        """Type of weights and KV for a checkpoint stored as `checkpoint_dtype`."""
+        """Type of weights that are not quantised, and of activations, for a checkpoint stored as `checkpoint_dtype`."""
         return checkpoint_dtype if self.dtype == "auto" else self.dtype
+
+    def kv_dtype_of(self, checkpoint_dtype: str) -> str:
+        """Type of KV, as `KVLayout.from_model` takes it."""
+        return self.dtype_of(checkpoint_dtype) if self.kv_dtype == "auto" else self.kv_dtype
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "block_size", "kv_cache_bytes", "max_batch_tokens", "max_num_seqs")
@@ -135,6 +142,8 @@ class PoolConfig:
     """Data-parallel groups of `tp` ranks, at least 1; 1 in vision pools."""
     eplb: EplbConfig = EplbConfig()
     """Where experts stand; only where `tp * dp` is more than 1."""
+    quantization: Literal["auto", Quantization] = "auto"
+    """auto = the model's; another one is refused, see `ModelDeployment`."""
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "num_replicas")
@@ -173,6 +182,9 @@ class ModelDeployment:
     """One per role: mixed, or prefill and decode, or all three; and vision where pictures are to be served."""
     engine: EngineConfig = EngineConfig()
     """The same for all pools."""
+    quantization: Literal["auto", Quantization] = "auto"
+    """How the decoder's matrices are held, in all pools alike: none, wint8, wint4 (experts in 4 bits, the rest in 8) or fp8
+    (Hopper); auto = as the checkpoint stores them. A plain checkpoint is quantised while it is loaded."""
     image_min_pixels: int | None = None
     """Smaller pictures are enlarged to this, at least 1; None = the checkpoint's preprocessor_config.json."""
     image_max_pixels: int | None = None
@@ -184,6 +196,7 @@ class ModelDeployment:
         if not self.path:
             raise ConfigError("path is empty; name a checkpoint folder")
         self._check_pools()
+        self._check_quantization()
         _check_range(self, 1, "image_min_pixels", "image_max_pixels")
         if self.image_min_pixels and self.image_max_pixels and self.image_max_pixels < self.image_min_pixels:
             raise ConfigError(
@@ -215,9 +228,38 @@ class ModelDeployment:
                 f"blocks of a multiple of {GPU_BLOCK_TOKENS} tokens; set it to {GPU_BLOCK_TOKENS}"
             )
 
+    def _check_quantization(self) -> None:
+        """One for all pools. KV and tokens of one pool are continued by another; with other weights there, an answer would
+        depend on which replicas took part in it, and one that goes on after a failure would change."""
+        for pool in self.pools:
+            if pool.quantization not in ("auto", self.quantization):
+                raise ConfigError(
+                    f"pools of {self.name!r}: {pool.role} has quantization = {pool.quantization}, the model has "
+                    f"{self.quantization}; KV that one pool computes is continued by another, so all pools need the same "
+                    "weights: set quantization on the model, or serve it under two names"
+                )
+
     def pool(self, role: Role) -> PoolConfig | None:
         """The pool of this role, or None."""
         return next((p for p in self.pools if p.role == role), None)
+
+    def method(self, stored: Quantization) -> Method | None:
+        """How its weights are held, None for plain ones, beside a checkpoint that is stored so.
+
+        Raises:
+            ConfigError: the two differ, or a pool runs where the method does not.
+        """
+        try:
+            method = choose_method(self.quantization, stored)
+        except ConfigError as e:
+            raise ConfigError(f"model {self.name!r}: {e}") from None
+        on_cpu = [p.role for p in self.pools if p.role != "vision" and (not p.num_gpus or self.engine.device == "cpu")]
+        if method is not None and method.is_fp8 and on_cpu:
+            raise ConfigError(
+                f"model {self.name!r}: quantization = fp8 needs Hopper GPUs or newer ones, and pool {on_cpu[0]} runs on CPU; "
+                "use wint8 or wint4"
+            )
+        return method
 
     def check_media(self, *, is_multimodal: bool) -> None:
         """Hold the pools against the checkpoint.

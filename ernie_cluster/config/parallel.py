@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ernie_cluster.config.kv_layout import kv_heads_of_rank
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.quantization import Method
 from ernie_cluster.errors import ConfigError
 
 
@@ -84,6 +85,23 @@ class ParallelDims:
                     f"{name} / (tp * dp) = {size // parts} stand on each rank already, none of them twice"
                 )
 
+    def check_blocks(self, model: ModelConfig, method: Method) -> None:
+        """Hold what is split, or laid together in one matrix, against the blocks that share a scale.
+
+        With a scale per row nothing has to divide: a rank with some columns of a row has the whole row's scale.
+
+        Raises:
+            ConfigError: a block would lie in two ranks, or in two matrices; with the equation.
+        """
+        block = method.block[1]
+        for name, size, tp in _blocked(model, self.tp) if block else ():
+            if size // tp % block:
+                over, sizes = (f"{name} / tp", f"{size} / {tp}") if tp > 1 else (name, str(size))
+                raise ConfigError(
+                    f"quantization {method.name}: {over} % {block} = {sizes} % {block} = {size // tp % block}, must be 0, "
+                    f"as {block} x {block} numbers share a scale; choose wint8{' or a smaller tp' if tp > 1 else ''}"
+                )
+
     def _splits(self, model: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
         """(name, size, axis, parts) of everything that is split."""
         text = model.text
@@ -94,6 +112,19 @@ class ParallelDims:
         for name, pool in (("text_experts", text.text_experts), ("vision_experts", text.vision_experts)):
             if pool is not None:
                 yield f"{name}.num_experts", pool.num_experts, "ep", self.ep
+
+
+def _blocked(model: ModelConfig, tp: int) -> Iterator[tuple[str, int, int]]:
+    """(name, size, ranks that share it) of rows that are laid together in one matrix, and of columns that are split."""
+    text = model.text
+    yield "num_heads * head_dim", text.num_heads * text.head_dim, tp
+    yield "num_kv_heads * head_dim", text.num_kv_heads * text.head_dim, tp
+    if len(text.sparse_layers) < text.num_layers:
+        yield "intermediate_size", text.intermediate_size, tp
+    yield "shared_intermediate_size", text.shared_intermediate_size, tp
+    for name, pool in (("text_experts", text.text_experts), ("vision_experts", text.vision_experts)):
+        if pool is not None:
+            yield f"{name}.intermediate_size", pool.intermediate_size, 1
 
 
 def ep_rank_of(expert: int, num_experts: int, ep: int) -> int:

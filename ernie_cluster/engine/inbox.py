@@ -205,13 +205,13 @@ class Inbox:
         if sequence is None or sequence.epoch != header.epoch or not 0 <= index < len(sequence.request.media):
             raise TransferFailed(f"request {header.request_id}: no prompt waits for attempt {header.epoch}'s picture")
         total = sequence.request.media[index].num_tokens
-        data = self._engine.runner.kv.data
-        rows = torch.as_tensor(payload).view(data.dtype).view(-1, self._hidden_size)
+        runner = self._engine.runner
+        rows = torch.as_tensor(payload).view(runner.dtype).view(-1, self._hidden_size)
         if len(rows) != num_rows or not 0 <= first_row < first_row + num_rows <= total:
             raise TransferFailed(f"request {header.request_id}: {num_rows} rows from {first_row} do not fit {total}")
         if index not in sequence.arriving:
             sequence.arriving[index] = (
-                torch.empty(total, self._hidden_size, dtype=data.dtype, device=data.device),
+                torch.empty(total, self._hidden_size, dtype=runner.dtype, device=runner.device),
                 torch.zeros(total, dtype=torch.bool),
             )
         embeds, has_come = sequence.arriving[index]

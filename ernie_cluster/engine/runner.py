@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.quantization import Quantization
 from ernie_cluster.engine.balance import Balancer, Rule
 from ernie_cluster.engine.buckets import DecodeBuckets
 from ernie_cluster.engine.crew import Command, Crew, empty_step, receive
@@ -45,16 +47,26 @@ class Runner:
         num_blocks: int,
         block_size: int,
         place: Place = ALONE,
+        quantization: Quantization | Literal["auto"] = "auto",
+        kv_dtype: str = "auto",
         rule: Rule | None = None,
         max_graphed: int = 0,
         progress: Callable[[int, int], None] = no_progress,
     ) -> Runner:
-        """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError.
+        """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError and ConfigError.
 
         `rule` says when experts move between the ranks of a gang, `progress(bytes done, bytes in all)` is called as weights
         are read. See `around` for the rest.
         """
-        decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device, shard=place.shard)
+        decoder = build_decoder(
+            config,
+            role,
+            dtype=torch_dtype(dtype),
+            device=device,
+            shard=place.shard,
+            quantization=quantization,
+            kv_dtype=kv_dtype,
+        )
         with Checkpoint(folder) as checkpoint:
             has_vision = has_vision_experts(config, role)
             load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
@@ -74,7 +86,7 @@ class Runner:
         rule: Rule | None = None,
         max_graphed: int = 0,
     ) -> Runner:
-        """A loaded decoder and an empty cache on its device and in its dtype; ranks of one host share it.
+        """A loaded decoder and an empty cache on its device, of the type that its kernels know; ranks of one host share it.
 
         On a GPU decode steps of up to `max_graphed` sequences become CUDA graphs.
 
@@ -83,14 +95,13 @@ class Runner:
         """
         decoder.ops.check_block_size(block_size)
         c, weight = decoder.config, decoder.embed
+        row, dtype = decoder.ops.pages.row(c.head_dim, weight.dtype)
         crew = Crew(place, balancer=Balancer(decoder, place, rule))
         if place.tp.size > 1 and weight.device.type == "cpu":
-            shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, c.head_dim)
-            return cls(decoder, share_kv(place, shape, weight.dtype), crew)
+            shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, row)
+            return cls(decoder, share_kv(place, shape, dtype), crew)
         num_kv_heads = len(decoder.shard.kv_heads(c.num_kv_heads))
-        kv = KVCache.allocate(
-            c.num_layers, num_blocks, block_size, num_kv_heads, c.head_dim, weight.dtype, weight.device
-        )
+        kv = KVCache.allocate(c.num_layers, num_blocks, block_size, num_kv_heads, row, dtype, weight.device)
         return cls(decoder, kv, crew, choose_graphs(decoder, kv, place, max_graphed))
 
     @property
@@ -101,6 +112,11 @@ class Runner:
     @property
     def device(self) -> torch.device:
         return self.decoder.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, embeddings of pictures among them."""
+        return self.decoder.embed.dtype
 
     @torch.inference_mode()
     def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ernie_cluster.model.kv_pages import PLAIN_PAGES, PlainPages
 from ernie_cluster.model.ops import ExpertWeights, TorchOps, choose_experts
 from ernie_cluster.model.step import StepInput
+from ernie_cluster.model.storage import Weight
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +104,13 @@ class CudaOps(TorchOps):
     """Paged attention in one call, experts as grouped products, small operations fused.
 
     Args:
-        attend: the attention.
+        attend: the attention; knows the pages.
         fuse: `fused`, or `plainly`.
+        pages: how K and V lie in the cache.
     """
 
-    def __init__(self, attend: PagedAttention, fuse: Fuse = plainly) -> None:
+    def __init__(self, attend: PagedAttention, fuse: Fuse = plainly, pages: PlainPages = PLAIN_PAGES) -> None:
+        super().__init__(pages)
         plain = TorchOps()
         self.attend = attend
         self._norm, self._add_norm = fuse(plain.rms_norm), fuse(plain.add_rms_norm)
@@ -122,7 +126,7 @@ class CudaOps(TorchOps):
     def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self._add_norm(x_TD, residual_TD, weight_D, eps)
 
-    def gated_mlp(self, x_TD: Tensor, gate_up_WD: Tensor, down_DW: Tensor) -> Tensor:
+    def gated_mlp(self, x_TD: Tensor, gate_up_WD: Weight, down_DW: Weight) -> Tensor:
         return self.linear(self._gate(self.linear(x_TD, gate_up_WD)), down_DW)
 
     def rotate_and_store(
@@ -134,11 +138,12 @@ class CudaOps(TorchOps):
         pages: tuple[Tensor, Tensor],
         num_heads: int,
     ) -> Tensor:
-        num_kv_heads, head_dim = pages[0].shape[2:]
-        heads = qkv_TX.view(len(qkv_TX), num_heads + 2 * num_kv_heads, head_dim)
+        num_kv_heads = pages[0].shape[2]
+        num_all = num_heads + 2 * num_kv_heads
+        heads = qkv_TX.view(len(qkv_TX), num_all, qkv_TX.shape[1] // num_all)
         turned = self._turn(heads[:, : num_heads + num_kv_heads], cos_TF, sin_TF)
         for page, rows in zip(pages, (turned[:, num_heads:], heads[:, num_heads + num_kv_heads :]), strict=True):
-            page.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, rows)
+            self.pages.write(page, slots_T, rows)
         return turned[:, :num_heads]
 
     def attention(self, q_THD: Tensor, pages: tuple[Tensor, Tensor], step: StepInput) -> Tensor:
@@ -174,5 +179,5 @@ class CudaOps(TorchOps):
 
     def _run_pool(self, rows_PD: Tensor, pool: ExpertWeights, offsets_E: Tensor) -> Tensor:
         """Rows sorted by expert, each through its own -> [P, D]; `offsets_E` int32 are the ends of the experts' rows."""
-        gate_up = functional.grouped_mm(rows_PD, pool.gate_up_EWD.transpose(1, 2), offs=offsets_E)
-        return functional.grouped_mm(self._gate(gate_up), pool.down_EDW.transpose(1, 2), offs=offsets_E)
+        gate_up = functional.grouped_mm(rows_PD, pool.gate_up_EWD[...].transpose(1, 2), offs=offsets_E)
+        return functional.grouped_mm(self._gate(gate_up), pool.down_EDW[...].transpose(1, 2), offs=offsets_E)

@@ -15,10 +15,11 @@ from ernie_cluster.config.model import TextConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model.group import ALONE, Place
-from ernie_cluster.model.moe import GatedMLP, SparseMLP, empty_weight
+from ernie_cluster.model.moe import GatedMLP, SparseMLP
 from ernie_cluster.model.ops import TorchOps
 from ernie_cluster.model.rope import TextRope
 from ernie_cluster.model.step import KVCache, StepInput
+from ernie_cluster.model.storage import Storage
 
 
 def no_hook(layer: int) -> None:
@@ -28,14 +29,13 @@ def no_hook(layer: int) -> None:
 class Attention(nn.Module):
     """Grouped-query attention over paged KV: H query and G KV heads, those of one rank."""
 
-    def __init__(self, config: TextConfig, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE) -> None:
+    def __init__(self, config: TextConfig, storage: Storage, ops: TorchOps, shard: Shard = WHOLE) -> None:
         super().__init__()
         self.ops, self.num_heads, self.tp = ops, shard.share_of(config.num_heads), ALONE.tp
         num_kv_heads = len(shard.kv_heads(config.num_kv_heads))
-        self.qkv = empty_weight(
-            (self.num_heads + 2 * num_kv_heads) * config.head_dim, config.hidden_size, dtype=dtype
-        )  # [(H + 2G) * head_dim, D]: q, k, v
-        self.out = empty_weight(config.hidden_size, self.num_heads * config.head_dim, dtype=dtype)
+        rows = (self.num_heads + 2 * num_kv_heads) * config.head_dim
+        self.qkv = storage.linear(rows, config.hidden_size)  # [(H + 2G) * head_dim, D]: q, k, v
+        self.out = storage.linear(config.hidden_size, self.num_heads * config.head_dim)
 
     def forward(
         self, x_TD: Tensor, cos_TF: Tensor, sin_TF: Tensor, pages: tuple[Tensor, Tensor], step: StepInput
@@ -54,20 +54,20 @@ class DecoderLayer(nn.Module):
         index: int,
         *,
         has_vision_experts: bool,
-        dtype: torch.dtype,
+        storage: Storage,
         ops: TorchOps,
         shard: Shard = WHOLE,
     ) -> None:
         super().__init__()
         self.ops, self.eps, self.tp = ops, config.rms_norm_eps, ALONE.tp
-        self.input_norm = empty_weight(config.hidden_size, dtype=dtype)
-        self.attention = Attention(config, dtype, ops, shard)
-        self.post_attention_norm = empty_weight(config.hidden_size, dtype=dtype)
+        self.input_norm = storage.plain(config.hidden_size)
+        self.attention = Attention(config, storage, ops, shard)
+        self.post_attention_norm = storage.plain(config.hidden_size)
         self.mlp: SparseMLP | GatedMLP
         if index in config.sparse_layers:
-            self.mlp = SparseMLP(config, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops, shard=shard)
+            self.mlp = SparseMLP(config, has_vision_experts=has_vision_experts, storage=storage, ops=ops, shard=shard)
         else:
-            self.mlp = GatedMLP(config.hidden_size, shard.share_of(config.intermediate_size), dtype, ops)
+            self.mlp = GatedMLP(config.hidden_size, shard.share_of(config.intermediate_size), storage, ops)
 
     def forward(
         self,
@@ -97,14 +97,14 @@ class Decoder(nn.Module):
     Args:
         config: its shape, whole.
         has_vision_experts: False on decode replicas, whose tokens are all text.
-        dtype: of all weights but the router's.
+        storage: how its matrices are held; routers are float32.
         ops: the kernels.
         shard: the part that this rank holds. Attention, dense MLPs and shared experts are then the rank's share of a sum
             over tp, the experts its share of a sum over ep.
     """
 
     def __init__(
-        self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE
+        self, config: TextConfig, *, has_vision_experts: bool, storage: Storage, ops: TorchOps, shard: Shard = WHOLE
     ) -> None:
         super().__init__()
         if config.use_bias:
@@ -112,14 +112,14 @@ class Decoder(nn.Module):
                 "use_bias true: no published model of the family has biases in its decoder; not supported"
             )
         self.config, self.ops, self.shard = config, ops, shard
-        self.embed = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed = storage.plain(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops, shard=shard)
+            DecoderLayer(config, i, has_vision_experts=has_vision_experts, storage=storage, ops=ops, shard=shard)
             for i in range(config.num_layers)
         )
-        self.norm = empty_weight(config.hidden_size, dtype=dtype)
+        self.norm = storage.plain(config.hidden_size)
         if not config.tie_word_embeddings:
-            self.head = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
+            self.head = storage.plain(config.vocab_size, config.hidden_size)
         self._rope: TextRope | None = None
         self.sparse = [layer.mlp for layer in self.layers if isinstance(layer.mlp, SparseMLP)]
         num_experts = self.sparse[0].router.num_experts * self.sparse[0].router.num_pools if self.sparse else 0

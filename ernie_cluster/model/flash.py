@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ernie_cluster.config.cluster import GPU_BLOCK_TOKENS
 from ernie_cluster.errors import ConfigError
+from ernie_cluster.model.kv_pages import PlainPages
 from ernie_cluster.model.step import StepInput
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,31 @@ class FlashAttention:
                 f"block_size = {block_size}: attention on this GPU takes a multiple of {self._page_tokens}; "
                 f"set engine.block_size to {self._page_tokens}"
             )
+
+
+class UnpackedAttention:
+    """The same over pages of 8 bits: those of the step are unpacked into pages of their own, which the kernel then reads.
+
+    What it takes of memory and time follows from the block tables' shape alone, so it can be captured, too.
+
+    Args:
+        attend: reads plain pages.
+        pages: how K and V lie in the cache.
+    """
+
+    def __init__(self, attend: FlashAttention, pages: PlainPages) -> None:
+        self._attend, self._pages = attend, pages
+
+    def __call__(self, q_THD: Tensor, pages: tuple[Tensor, Tensor], step: StepInput) -> Tensor:
+        """See `FlashAttention`."""
+        tables = step.block_tables_BM
+        k, v = (self._pages.read(p, tables.flatten().long(), q_THD.dtype) for p in pages)
+        own = torch.arange(tables.numel(), dtype=tables.dtype, device=tables.device).view_as(tables)
+        return self._attend(q_THD, (k, v), replace(step, block_tables_BM=own))
+
+    def check(self, block_size: int) -> None:
+        """See `FlashAttention`."""
+        self._attend.check(block_size)
 
 
 def choose_flash(device: torch.device) -> FlashAttention:

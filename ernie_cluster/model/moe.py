@@ -18,11 +18,7 @@ from ernie_cluster.model.dispatch import Dispatcher, ExpertMap, LocalDispatcher,
 from ernie_cluster.model.group import Group, Place
 from ernie_cluster.model.ops import ExpertWeights, TorchOps, choose_experts
 from ernie_cluster.model.relocate import relocate
-
-
-def empty_weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised weight on the default device, to be filled from a checkpoint."""
-    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+from ernie_cluster.model.storage import Storage, empty_weight
 
 
 class Router(nn.Module):
@@ -58,11 +54,11 @@ class Experts(nn.Module):
     of every tensor here is that of the experts, so that any can be exchanged with another rank's.
     """
 
-    def __init__(self, hidden_size: int, pool: ExpertPool, dtype: torch.dtype, shard: Shard = WHOLE) -> None:
+    def __init__(self, hidden_size: int, pool: ExpertPool, storage: Storage, shard: Shard = WHOLE) -> None:
         super().__init__()
         width, num_experts = pool.intermediate_size, shard.slots(pool.num_experts)
-        self.gate_up = empty_weight(num_experts, 2 * width, hidden_size, dtype=dtype)
-        self.down = empty_weight(num_experts, hidden_size, width, dtype=dtype)
+        self.gate_up = storage.expert(num_experts, 2 * width, hidden_size)
+        self.down = storage.expert(num_experts, hidden_size, width)
 
     @property
     def weights(self) -> ExpertWeights:
@@ -77,7 +73,7 @@ class SparseMLP(nn.Module):
     """
 
     def __init__(
-        self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE
+        self, config: TextConfig, *, has_vision_experts: bool, storage: Storage, ops: TorchOps, shard: Shard = WHOLE
     ) -> None:
         super().__init__()
         assert config.text_experts is not None
@@ -86,11 +82,11 @@ class SparseMLP(nn.Module):
             pools.append(config.vision_experts)
         self.ops = ops
         self.router = Router(config.hidden_size, pools, config.norm_min, ops)
-        experts = [Experts(config.hidden_size, pool, dtype, shard) for pool in pools]
+        experts = [Experts(config.hidden_size, pool, storage, shard) for pool in pools]
         self.pools = nn.ModuleList(experts)
         self._weights = [e.weights for e in experts]
         width = shard.share_of(config.shared_intermediate_size)
-        self.shared = GatedMLP(config.hidden_size, width, dtype, ops) if width else None
+        self.shared = GatedMLP(config.hidden_size, width, storage, ops) if width else None
         self.costs = tuple(pool.intermediate_size for pool in pools)
         """What a token costs an expert of each modality, in any unit."""
         self.table = dealt(self.router.num_experts, len(pools), shard.dims)
@@ -123,11 +119,11 @@ class SparseMLP(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)): dense layers and shared experts; `width` of their columns are here."""
 
-    def __init__(self, hidden_size: int, width: int, dtype: torch.dtype, ops: TorchOps) -> None:
+    def __init__(self, hidden_size: int, width: int, storage: Storage, ops: TorchOps) -> None:
         super().__init__()
         self.ops = ops
-        self.gate_up = empty_weight(2 * width, hidden_size, dtype=dtype)
-        self.down = empty_weight(hidden_size, width, dtype=dtype)
+        self.gate_up = storage.linear(2 * width, hidden_size)
+        self.down = storage.linear(hidden_size, width)
 
     def forward(self, x_TD: Tensor, is_vision_T: Tensor | None = None, chosen: Sequence[Tensor] = ()) -> Tensor:
         """This rank's addend of [T, D]; the other arguments are those of `SparseMLP`, and mean nothing here."""

@@ -85,7 +85,7 @@ class StepInput:
 class KVCache:
     """K and V of all layers in fixed blocks.
 
-    `data` is [layers, 2, num_blocks, block_size, kv_heads, head_dim]. Block 0 is never given to a sequence: padding
+    `data` is [layers, 2, num_blocks, block_size, kv_heads, row]; what a row is, `kv_pages` knows. Block 0 is never given to a sequence: padding
     points there. Ranks of one host share the memory; each computes on the `heads` that are its own.
     """
 
@@ -104,18 +104,16 @@ class KVCache:
         num_blocks: int,
         block_size: int,
         num_kv_heads: int,
-        head_dim: int,
+        row: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVCache:
-        return cls(
-            torch.zeros(num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
-        )
+        return cls(torch.zeros(num_layers, 2, num_blocks, block_size, num_kv_heads, row, dtype=dtype, device=device))
 
     @property
     def block_size(self) -> int:
         return self.data.shape[3]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """K and V pages of one layer, each [num_blocks, block_size, kv_heads, head_dim]."""
+        """K and V pages of one layer, each [num_blocks, block_size, kv_heads, row]."""
         return self._layers[index]

@@ -21,6 +21,7 @@ from ernie_cluster.config.cluster import (
     TransportConfig,
 )
 from ernie_cluster.config.presets import PRESETS, ernie_28b_a3b, ernie_424b_a47b, tiny, tiny_mixed
+from ernie_cluster.config.quantization import METHODS
 from ernie_cluster.errors import ConfigError, UnknownModel
 
 MIXED = PoolConfig("mixed")
@@ -105,6 +106,45 @@ def test_a_vision_pool_needs_a_model_with_eyes() -> None:
     blind.check_media(is_multimodal=True)
     with pytest.raises(ConfigError, match="text-only; remove the vision pool"):
         seeing.check_media(is_multimodal=False)
+
+
+def quantised(model: str, pool: str, **changes: Any) -> ModelDeployment:
+    pools = (PoolConfig("prefill"), PoolConfig("decode", quantization=pool))  # type: ignore[arg-type]
+    return replace(deployment(PoolConfig("mixed")), quantization=model, **{"pools": pools, **changes})
+
+
+@pytest.mark.parametrize(
+    ("model", "pool"), [("auto", "wint4"), ("none", "wint4"), ("wint8", "wint4"), ("wint4", "none")]
+)
+def test_pools_with_other_weights_than_the_model_are_refused(model: str, pool: str) -> None:
+    why = "KV that one pool computes is continued by another"
+    with pytest.raises(ConfigError, match=f"decode has quantization = {pool}, the model has {model}; {why}"):
+        quantised(model, pool)
+
+
+@pytest.mark.parametrize("name", ["none", "wint8", "wint4", "auto"])
+def test_pools_may_repeat_the_models_weights(name: str) -> None:
+    assert quantised(name, name).pool("decode").quantization == name  # type: ignore[union-attr]
+
+
+def test_the_method_is_the_wish_or_the_checkpoints() -> None:
+    assert quantised("auto", "auto").method("none") is None
+    assert quantised("none", "auto").method("none") is None
+    assert quantised("wint8", "auto").method("none") == quantised("auto", "auto").method("wint8") == METHODS["wint8"]
+    for wish in ("none", "wint4"):
+        with pytest.raises(ConfigError, match=f"'m': quantization = {wish}, but the checkpoint is stored as wint8"):
+            quantised(wish, "auto").method("wint8")
+
+
+@pytest.mark.parametrize(("wish", "stored"), [("fp8", "none"), ("auto", "fp8")])
+def test_fp8_is_refused_on_cpu(wish: str, stored: Any) -> None:
+    on_gpus = tuple(replace(p, num_gpus=1) for p in quantised("auto", "auto").pools)
+    paged = EngineConfig(block_size=256)
+    with pytest.raises(ConfigError, match="fp8 needs Hopper GPUs or newer ones, and pool prefill runs on CPU"):
+        quantised(wish, "auto").method(stored)
+    with pytest.raises(ConfigError, match="pool prefill runs on CPU"):
+        quantised(wish, "auto", pools=on_gpus, engine=replace(paged, device="cpu")).method(stored)
+    assert quantised(wish, "auto", pools=on_gpus, engine=paged).method(stored) == METHODS["fp8"]
 
 
 def test_a_model_is_found_by_name() -> None:

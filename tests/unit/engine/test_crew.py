@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.quantization import Quantization
 from ernie_cluster.engine.crew import Command, Crew, announce, receive
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.model.build import build_decoder
 from ernie_cluster.model.checkpoint import Checkpoint
-from ernie_cluster.model.group import Place
+from ernie_cluster.model.group import ALONE, Place
 from ernie_cluster.model.packing import make_step
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.model.weights import load_decoder
@@ -27,9 +28,11 @@ from tests.groups import together
 LAYOUTS = [ParallelDims(2, 1), ParallelDims(1, 2), ParallelDims(2, 2), ParallelDims(1, 4)]
 
 
-def runner(place: Place, kv: KVCache) -> Runner:
+def runner(place: Place, kv: KVCache, quantization: Quantization) -> Runner:
     config = tiny.tiny_config()
-    decoder = build_decoder(config, "mixed", dtype=torch.float32, device=tiny.CPU, shard=place.shard)
+    decoder = build_decoder(
+        config, "mixed", dtype=torch.float32, device=tiny.CPU, shard=place.shard, quantization=quantization
+    )
     with Checkpoint(tiny.tiny_folder()) as checkpoint:
         load_decoder(decoder, config, checkpoint, has_vision_experts=True)
     decoder.connect(place)
@@ -48,24 +51,30 @@ def settings_of() -> WorkerSettings:
 
 
 @functools.cache
-def wanted(group: int) -> dict[str, list[int]]:
-    worker, outcomes = tiny.make_worker()
+def wanted(group: int, quantization: Quantization) -> dict[str, list[int]]:
+    """What one rank says."""
+    outcomes, text = tiny.Outcomes(), tiny.tiny_config().text
+    kv = KVCache.allocate(
+        text.num_layers, 256, tiny.BLOCK_SIZE, text.num_kv_heads, text.head_dim, torch.float32, tiny.CPU
+    )
+    worker = Worker(runner(ALONE, kv, quantization), tiny.tiny_config(), settings_of(), outcomes, tiny.tiny_compiler)
     tiny.run_mixed(worker, [tiny.make_request(p, f"{group}.{i}") for i, p in enumerate(requests(group))])  # type: ignore[arg-type]
     outcomes.drain()
     return outcomes.tokens
 
 
+@pytest.mark.parametrize("quantization", ["none", "wint8", "wint4"])
 @pytest.mark.parametrize("dims", LAYOUTS, ids=str)
-def test_a_gang_says_what_one_rank_says(dims: ParallelDims) -> None:
+def test_a_gang_says_what_one_rank_says(dims: ParallelDims, quantization: Quantization) -> None:
     text = tiny.tiny_config().text
     tiny.encode(tiny.make_image(3))  # made once, before the threads
     shape = (text.num_layers, 256, tiny.BLOCK_SIZE, text.num_kv_heads, text.head_dim, torch.float32, tiny.CPU)
     memory = [KVCache.allocate(*shape) for _ in range(dims.dp)]
-    groups = [wanted(group) for group in range(dims.dp)]
+    groups = [wanted(group, quantization) for group in range(dims.dp)]
 
     def work(place: Place) -> dict[str, list[int]]:
         group = dims.coordinates(place.shard.rank).dp_rank
-        mine = runner(place, memory[group])
+        mine = runner(place, memory[group], quantization)
         if place.shard.tp_rank:
             mine.follow(place.tp)
             return {}
@@ -136,3 +145,8 @@ def test_an_idle_leader_beats() -> None:
         return []
 
     assert together(work, ParallelDims(2, 1))[1] == [Command.BEAT, Command.STOP]
+
+
+def test_quantised_weights_say_something_else() -> None:
+    """Else the test above would not tell whether they were used."""
+    assert len({str(wanted(0, name)) for name in ("none", "wint8", "wint4")}) == 3  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ from ernie_cluster.model.decoder import Decoder
 from ernie_cluster.model.flash import FlashAttention
 from ernie_cluster.model.group import ALONE, Place
 from ernie_cluster.model.step import KVCache
+from ernie_cluster.model.storage import Storage
 from tests import tiny
 from tests.varlen import varlen_attn
 
@@ -52,7 +53,7 @@ class TwinRecorder:
 def gpu_decoder() -> Decoder:
     """The tiny model on the GPU's kernels: others look at lengths on the host, which a graph does not see change."""
     ops = CudaOps(FlashAttention(varlen_attn, page_tokens=tiny.BLOCK_SIZE))
-    decoder = Decoder(tiny.tiny_config().text, has_vision_experts=True, dtype=torch.float32, ops=ops)
+    decoder = Decoder(tiny.tiny_config().text, has_vision_experts=True, storage=Storage(torch.float32), ops=ops)
     decoder.load_state_dict(tiny.tiny_decoder().state_dict())
     return decoder
 

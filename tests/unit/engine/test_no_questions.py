@@ -20,18 +20,21 @@ from torch.utils._pytree import tree_leaves
 
 from ernie_cluster.config.model import TextConfig
 from ernie_cluster.config.parallel import ParallelDims, Shard
+from ernie_cluster.config.quantization import METHODS, Method
 from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.buckets import DecodeBuckets
 from ernie_cluster.engine.scheduler import Schedule
 from ernie_cluster.engine.sequence import Sequence
 from ernie_cluster.model.cuda_ops import CudaOps
 from ernie_cluster.model.decoder import Decoder
-from ernie_cluster.model.flash import PAGE_TOKENS, FlashAttention
+from ernie_cluster.model.flash import PAGE_TOKENS, FlashAttention, UnpackedAttention
 from ernie_cluster.model.group import ALONE, Alone, Place
+from ernie_cluster.model.kv_pages import PAGES
 from ernie_cluster.model.ops import TorchOps
 from ernie_cluster.model.packing import open_step
 from ernie_cluster.model.rope import TextRope
 from ernie_cluster.model.step import KVCache, StepInput, StepMemory
+from ernie_cluster.model.storage import Storage
 from tests import tiny
 
 DEVICE = torch.device("meta")
@@ -76,8 +79,11 @@ def place_of(tp: int) -> Place:
     return ALONE if tp == 1 else Place(Shard(ParallelDims(tp, 1), 0), tp=Peer(), ep=Peer())
 
 
-def make(text: TextConfig, ops: TorchOps, *, has_vision_experts: bool, place: Place = ALONE) -> Decoder:
-    decoder = Decoder(text, has_vision_experts=has_vision_experts, dtype=torch.bfloat16, ops=ops, shard=place.shard)
+def make(
+    text: TextConfig, ops: TorchOps, *, has_vision_experts: bool, place: Place = ALONE, method: Method | None = None
+) -> Decoder:
+    storage = Storage(torch.bfloat16, method)
+    decoder = Decoder(text, has_vision_experts=has_vision_experts, storage=storage, ops=ops, shard=place.shard)
     decoder.connect(place)
     return decoder
 
@@ -98,14 +104,14 @@ def host_step(lens: list[int], chunk: int = 0) -> StepInput:
 
 
 def device_without_numbers(
-    ops: TorchOps, *, has_vision_experts: bool = False, tp: int = 1
+    ops: TorchOps, *, has_vision_experts: bool = False, tp: int = 1, method: Method | None = None
 ) -> Callable[[StepInput], Watch]:
     """Runs steps there, each with a new watch."""
     text, place = tiny.tiny_config().text, place_of(tp)
     with DEVICE:
-        decoder = make(text, ops, has_vision_experts=has_vision_experts, place=place)
-    heads = text.num_kv_heads // tp
-    kv = KVCache.allocate(text.num_layers, 8, PAGE_TOKENS, heads, text.head_dim, torch.bfloat16, DEVICE)
+        decoder = make(text, ops, has_vision_experts=has_vision_experts, place=place, method=method)
+    heads, (row, dtype) = text.num_kv_heads // tp, ops.pages.row(text.head_dim, torch.bfloat16)
+    kv = KVCache.allocate(text.num_layers, 8, PAGE_TOKENS, heads, row, dtype, DEVICE)
 
     decoder._rope = TextRope(text.head_dim, text.rope_theta, text.mrope_section, DEVICE)  # the first run would make it
 
@@ -130,6 +136,15 @@ def test_a_decode_step_asks_nothing_and_its_size_says_its_shapes(has_vision_expe
     assert len(three) > 50
     assert [name for name, _ in three] == [name for name, _ in eight]
     assert three != eight
+
+
+@pytest.mark.parametrize(("weights", "kv"), [("wint8", "int8"), ("wint4", "fp8")])
+def test_neither_does_one_of_fewer_bits(weights: str, kv: str) -> None:
+    pages = PAGES[kv]
+    ops = CudaOps(UnpackedAttention(FlashAttention(varlen_attn), pages), pages=pages)
+    run = device_without_numbers(ops, method=METHODS[weights])
+    three, four = (run(host_step(lens)).trace for lens in ([9, 300, 2], [700, 1, 1, 1]))
+    assert three == four
 
 
 def test_neither_does_a_prompt() -> None:

@@ -45,7 +45,7 @@ class ToyRunner:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.kv = KVCache(torch.zeros(NUM_LAYERS, 2, num_blocks, block_size, 1, 1, dtype=torch.int64))
-        self.device = torch.device("cpu")
+        self.device, self.dtype = torch.device("cpu"), torch.int64
         self.crew, self.buckets = Crew(), None
 
     def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:

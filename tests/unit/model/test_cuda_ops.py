@@ -17,10 +17,12 @@ from ernie_cluster.errors import ConfigError
 from ernie_cluster.model import flash
 from ernie_cluster.model.build import choose_ops
 from ernie_cluster.model.cuda_ops import CudaOps, choose_fuse, fused, plainly
-from ernie_cluster.model.flash import FlashAttention, splits_are_right
+from ernie_cluster.model.flash import FlashAttention, UnpackedAttention, splits_are_right
+from ernie_cluster.model.kv_pages import PAGES, PLAIN_PAGES
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from ernie_cluster.model.packing import make_step
 from ernie_cluster.model.step import StepInput
+from ernie_cluster.model.storage import Storage
 from tests import tiny
 from tests.varlen import varlen_attn
 
@@ -145,6 +147,29 @@ def test_rope_and_attention_equal_plain_torch(decodes: list[int], chunks: list[t
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("kind", PAGES)
+def test_pages_of_8_bits_are_unpacked_for_the_kernel(kind: str) -> None:
+    pages_format = PAGES[kind]
+    flash = FlashAttention(varlen_attn, page_tokens=4)
+    ops = CudaOps(UnpackedAttention(flash, pages_format), pages=pages_format)
+    step = step_of([1, 1, 3], [3, 9, 7])
+    num_pages = int(step.block_tables_BM.max()) + 1
+    qkv, angle = random(5, (HEADS + 2 * KV_HEADS) * DIM), random(5, DIM // 2, seed=1)
+    row, dtype = pages_format.row(DIM, torch.float32)
+    results = []
+    for kernels in (ops, TorchOps(pages_format)):
+        pages = (
+            torch.zeros(num_pages, BLOCK, KV_HEADS, row, dtype=dtype),
+            torch.zeros(num_pages, BLOCK, KV_HEADS, row, dtype=dtype),
+        )
+        q = kernels.rotate_and_store(qkv, angle.cos(), angle.sin(), step.slots_T, pages, HEADS)
+        results.append((q, *pages, kernels.attention(q, pages, step)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(ConfigError):
+        ops.check_block_size(3)
+
+
 def test_only_decoding_reads_keys_once_per_group_and_may_split_them() -> None:
     seen: list[dict[str, Any]] = []
 
@@ -233,7 +258,7 @@ def test_what_a_gpu_gets(has_fa3: bool, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_fa3 else None)
     monkeypatch.setattr(flash, "splits_are_right", lambda kernel, device: True)
     config, cuda = tiny.tiny_config(), torch.device("cuda", 0)
-    ops = choose_ops(config, torch.bfloat16, cuda)
+    ops = choose_ops(config, Storage(torch.bfloat16), PLAIN_PAGES, cuda)
     assert isinstance(ops, CudaOps)
     assert active == (["FA3"] if has_fa3 else [])
     if has_fa3:
@@ -241,4 +266,4 @@ def test_what_a_gpu_gets(has_fa3: bool, monkeypatch: pytest.MonkeyPatch) -> None
     else:
         with pytest.raises(ConfigError, match="block_size = 16"):
             ops.check_block_size(16)
-    assert type(choose_ops(config, torch.float32, cuda)) is TorchOps
+    assert type(choose_ops(config, Storage(torch.float32), PLAIN_PAGES, cuda)) is TorchOps
