@@ -7,8 +7,10 @@ if so all run, those without work a step without tokens, since experts are sprea
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ernie_cluster.model.group import ALONE, Group, Place
 from ernie_cluster.model.step import StepInput
+from ernie_cluster.transport.base import Message
 
 BEAT_S = 5.0
 """Idle leaders say so this often, so that followers may take long silence for death."""
@@ -31,7 +34,7 @@ class Command(IntEnum):
 
 
 class Crew:
-    """A leader's hold on the other ranks. Called on the engine's thread only.
+    """A leader's hold on the other ranks. Called on the engine's thread only, but for `note`.
 
     Args:
         place: of the leader; ALONE has nobody to lead, and every call is free.
@@ -41,11 +44,16 @@ class Crew:
     def __init__(self, place: Place = ALONE, clock: Callable[[], float] = time.monotonic) -> None:
         self._tp, self._dp, self._clock = place.tp, place.dp, clock
         self._last_said = clock()
+        self._notes: deque[Message] = deque()
 
     @property
     def has_peers(self) -> bool:
         """Whether other leaders may have work when this one has none."""
         return self._dp.size > 1
+
+    def note(self, note: Message) -> None:
+        """Say something more with the next step that is announced; from any thread."""
+        self._notes.append(note)
 
     def open(self, step: StepInput) -> None:
         """A step of ours begins."""
@@ -74,7 +82,8 @@ class Crew:
     def _say(self, command: Command, step: StepInput | None = None) -> None:
         self._last_said = self._clock()
         if self._tp.size > 1:
-            announce(self._tp, command, step)
+            notes = [self._notes.popleft() for _ in range(len(self._notes))] if step is not None else []
+            announce(self._tp, command, step, notes)
 
 
 def empty_step(device: torch.device) -> StepInput:
@@ -84,10 +93,10 @@ def empty_step(device: torch.device) -> StepInput:
     return StepInput(none, none.expand(3, 0), none, none.bool(), lens.view(0, 0), lens, (), (), 0, none, none, None)
 
 
-_HEADER = 7
+_HEADER = 8
 
 
-def announce(group: Group, command: Command, step: StepInput | None = None) -> None:
+def announce(group: Group, command: Command, step: StepInput | None = None, notes: Sequence[Message] = ()) -> None:
     """Tell the followers; they get all of the step but the rows whose logits are wanted, which only a leader needs."""
     if step is None:
         group.spread(torch.tensor([command, *[0] * (_HEADER - 1)]))
@@ -102,21 +111,31 @@ def announce(group: Group, command: Command, step: StepInput | None = None) -> N
         + [np.array(step.query_lens, np.int32).view(np.uint8), step.is_vision_T.cpu().numpy().view(np.uint8)]
     )  # fmt: skip
     has_embeds = step.media_embeds is not None
-    header = [command, step.num_tokens, num_rows, width, num_embeds, step.num_decode, has_embeds]
+    said = np.frombuffer(json.dumps(list(notes)).encode() if notes else b"", np.uint8)
+    header = [command, step.num_tokens, num_rows, width, num_embeds, step.num_decode, has_embeds, len(said)]
     group.spread(torch.tensor(header))
-    group.spread(torch.from_numpy(body))
+    group.spread(torch.from_numpy(np.concatenate([body, said])))
     if step.media_embeds is not None:
         group.spread(step.media_embeds)
 
 
-def receive(group: Group, embed: Tensor) -> tuple[Command, StepInput | None]:
-    """What the leader announces; `embed` [V, D] shows device, width and dtype of embeddings. Raises GangBroken."""
+def receive(group: Group, embed: Tensor) -> tuple[Command, StepInput | None, list[Message]]:
+    """What the leader announces: a command, the step, and what was noted for it.
+
+    Args:
+        embed: [V, D], shows device, width and dtype of embeddings.
+
+    Raises:
+        GangBroken: the leader is gone, or silent for too long.
+    """
     header = group.spread(torch.zeros(_HEADER, dtype=torch.int64))
-    command, num_tokens, num_rows, width, num_embeds, num_decode, has_embeds = header.tolist()
+    command, num_tokens, num_rows, width, num_embeds, num_decode, has_embeds, num_said = header.tolist()
     if command != Command.STEP:
-        return Command(command), None
+        return Command(command), None, []
     longs, ints = 5 * num_tokens + num_embeds, num_rows * width + 2 * num_rows
-    body = group.spread(torch.empty(8 * longs + 4 * ints + num_tokens, dtype=torch.uint8)).numpy()
+    size = 8 * longs + 4 * ints + num_tokens
+    body = group.spread(torch.empty(size + num_said, dtype=torch.uint8)).numpy()
+    body, said = body[:size], body[size:]
     wide, narrow = body[: 8 * longs].view(np.int64), body[8 * longs : 8 * longs + 4 * ints].view(np.int32)
     ids, positions, slots, media = np.split(wide, np.cumsum([num_tokens, 3 * num_tokens, num_tokens]))
     tables, seq_lens, query_lens = np.split(narrow, np.cumsum([num_rows * width, num_rows]))
@@ -143,4 +162,4 @@ def receive(group: Group, embed: Tensor) -> tuple[Command, StepInput | None]:
         media_rows=tensor(media),
         media_embeds=embeds,
     )
-    return Command.STEP, step
+    return Command.STEP, step, json.loads(said.tobytes()) if num_said else []

@@ -18,6 +18,11 @@ from ernie_cluster.model.fill import no_progress
 from ernie_cluster.model.group import ALONE, Group, Place
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.model.weights import load_decoder
+from ernie_cluster.transport.base import Message
+
+
+def _nothing(notes: list[Message]) -> Callable[[int], None]:
+    return no_hook
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +45,7 @@ class Runner:
         num_blocks: int,
         block_size: int,
         place: Place = ALONE,
+        shares_kv: bool = True,
         progress: Callable[[int, int], None] = no_progress,
     ) -> Runner:
         """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError.
@@ -51,13 +57,19 @@ class Runner:
             has_vision = has_vision_experts(config, role)
             load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
         decoder.connect(place)
-        return cls.around(decoder, num_blocks=num_blocks, block_size=block_size, place=place)
+        return cls.around(decoder, num_blocks=num_blocks, block_size=block_size, place=place, shares_kv=shares_kv)
 
     @classmethod
-    def around(cls, decoder: Decoder, *, num_blocks: int, block_size: int, place: Place = ALONE) -> Runner:
-        """A loaded decoder and an empty cache on its device and in its dtype; ranks of one host share it."""
+    def around(
+        cls, decoder: Decoder, *, num_blocks: int, block_size: int, place: Place = ALONE, shares_kv: bool = True
+    ) -> Runner:
+        """A loaded decoder and an empty cache on its device and in its dtype.
+
+        `shares_kv`: tensor-parallel ranks on the CPU of one host have one cache with all heads; else each has its own,
+        with the heads that it computes on, as on GPUs.
+        """
         c, weight = decoder.config, decoder.embed
-        if place.tp.size > 1 and weight.device.type == "cpu":
+        if place.tp.size > 1 and weight.device.type == "cpu" and shares_kv:
             shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, c.head_dim)
             return cls(decoder, share_kv(place, shape, weight.dtype), Crew(place))
         num_kv_heads = len(decoder.shard.kv_heads(c.num_kv_heads))
@@ -91,11 +103,14 @@ class Runner:
         return True
 
     @torch.inference_mode()
-    def follow(self, tp: Group) -> None:
-        """Run what the leader of a tensor-parallel group announces, until it says stop; raises GangBroken."""
+    def follow(self, tp: Group, noted: Callable[[list[Message]], Callable[[int], None]] = _nothing) -> None:
+        """Run what the leader of a tensor-parallel group announces, until it says stop; raises GangBroken.
+
+        `noted` is told what the leader noted for a step, and gives what is to be called after each of its layers.
+        """
         while True:
-            command, step = receive(tp, self.decoder.embed)
+            command, step, notes = receive(tp, self.decoder.embed)
             if command is Command.STOP:
                 return
             if step is not None:
-                self.decoder(step, self.kv)
+                self.decoder(step, self.kv, noted(notes))

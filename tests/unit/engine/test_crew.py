@@ -20,6 +20,7 @@ from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.group import Place
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.model.weights import load_decoder
+from ernie_cluster.transport.base import Message
 from tests import tiny
 from tests.groups import together
 
@@ -107,16 +108,19 @@ def test_followers_get_the_very_step(num_tokens: int, num_rows: int, width: int,
         media_embeds=torch.rand(num_embeds, 6) if has_media else None,
     )
 
-    def work(place: Place) -> list[tuple[Command, StepInput | None]]:
+    notes: list[Message] = [{"push": ["a", 0, 3, [7, 5]]}, {"drop": ["b", 1]}] if has_media else []
+
+    def work(place: Place) -> list[tuple[Command, StepInput | None, list[Message]]]:
         if place.shard.rank:
             return [receive(place.tp, torch.empty(1, 6)) for _ in range(3)]
         announce(place.tp, Command.BEAT)
-        announce(place.tp, Command.STEP, step)
+        announce(place.tp, Command.STEP, step, notes)
         announce(place.tp, Command.STOP)
         return []
 
-    beat, (command, got), stop = together(work, ParallelDims(2, 1))[1]
-    assert (beat, stop, command) == ((Command.BEAT, None), (Command.STOP, None), Command.STEP)
+    beat, (command, got, said), stop = together(work, ParallelDims(2, 1))[1]
+    assert (beat, stop) == ((Command.BEAT, None, []), (Command.STOP, None, []))
+    assert (command, said) == (Command.STEP, notes)
     for field in dataclasses.fields(StepInput):
         want, have = getattr(step, field.name), getattr(got, field.name)
         assert torch.equal(want, have) if isinstance(want, torch.Tensor) else want == have, field.name
