@@ -103,6 +103,10 @@ class KVSender(PrefillHooks):
         num_kv_heads = self._num_kv_heads if self._followers else self._layout.num_kv_heads
         return SliceOf(num_kv_heads, 0, 1 + len(self._followers))
 
+    def targets(self, num_ranks: int) -> list[int]:
+        """To which ranks of a replica of so many KV goes from this one, beside the first."""
+        return sorted({copy.dst_rank for copy in self.part.copies_to(num_ranks)} - {0})
+
     @property
     def bytes_sent(self) -> int:
         """KV that was pushed from this rank."""
