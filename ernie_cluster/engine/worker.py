@@ -344,5 +344,6 @@ class Worker:
         """Tell everybody; the replica is replaced, so nothing is cleaned up."""
         with self.engine.lock:
             self.failure = failure
+            self.engine.lock.notify_all()
             ids = {*self.engine.sequences, *self._opening}
         self._emit([RequestFailed(r, failure) for r in ids])

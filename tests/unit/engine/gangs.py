@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -9,8 +10,7 @@ from contextlib import ExitStack, closing
 import pytest
 import torch
 
-from ernie_cluster.config.kv_layout import KVLayout
-from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.parallel import ParallelDims, Shard
 from ernie_cluster.engine.follower import Follower
 from ernie_cluster.engine.handover import Peers
 from ernie_cluster.engine.runner import Runner
@@ -18,6 +18,7 @@ from ernie_cluster.engine.slices import SliceOf
 from ernie_cluster.engine.worker import Worker
 from ernie_cluster.model.build import Role, build_decoder
 from ernie_cluster.model.checkpoint import Checkpoint
+from ernie_cluster.model.decoder import Decoder
 from ernie_cluster.model.group import Place
 from ernie_cluster.model.weights import load_decoder
 from ernie_cluster.request import GenerationRequest
@@ -36,7 +37,6 @@ from tests.unit.transport.gpu_twin import TwinGpu
 from tests.unit.transport.nccl_twin import Mishaps
 
 PATIENCE_S = 60.0
-STALL_S = 0.3
 
 
 class Network:
@@ -45,10 +45,11 @@ class Network:
     Args:
         kind: local (the object store's), shared_memory, nccl or ipc (between twins of GPUs).
         deadlines: of GPUs.
+        stall_s: how long a local way waits for an acknowledgement.
     """
 
-    def __init__(self, kind: str = "local", deadlines: Deadlines = PATIENT) -> None:
-        self.kind, self.deadlines = kind, deadlines
+    def __init__(self, kind: str = "local", *, deadlines: Deadlines = PATIENT, stall_s: float = PATIENCE_S) -> None:
+        self.kind, self.deadlines, self._stall_s = kind, deadlines, stall_s
         self.faults: dict[tuple[str, str], Faults] = {}
         """What befalls KV on its way, by sender and receiver."""
         self.mishaps: dict[str, Mishaps] = {}
@@ -101,15 +102,15 @@ class Network:
         if isinstance(way, GpuReceiver):
             return (open_nccl if self.kind == "nccl" else open_ipc)(way.address, sender, self._sides[sender])
         faults = self.faults.get((sender, receiver))
-        return LocalChannel(self.receivers[receiver], sender, faults, stall_timeout_s=STALL_S)
+        return LocalChannel(self.receivers[receiver], sender, faults, stall_timeout_s=self._stall_s)
 
 
 class Gang:
     """A running replica.
 
     Args:
-        name: of it; its ranks have their number behind.
-        role: which weights it has.
+        stack: ends it.
+        role: which weights it has, and its name; its ranks have their number behind.
         tp: its ranks.
         network: where they can be reached.
         shares_kv: whether they have one KV cache.
@@ -117,13 +118,13 @@ class Gang:
     """
 
     def __init__(
-        self, name: str, role: Role, tp: int, network: Network, *, shares_kv: bool = False, **settings: object
+        self, stack: ExitStack, role: Role, tp: int, network: Network, *, shares_kv: bool = False, **settings: object
     ) -> None:
-        self.name, self.network = name, network
+        self.network = network
         self._role, self._shares_kv = role, shares_kv
         pattern, self.outcomes = tiny.make_worker(role, **settings)  # type: ignore[arg-type]
         self._settings, self._num_blocks = pattern.settings, pattern.pool.num_blocks
-        self.kv_ranks = [f"{name}/{rank}" for rank in range(1 if shares_kv else tp)]
+        self.kv_ranks = [f"{role}/{rank}" for rank in range(1 if shares_kv else tp)]
         """Names of those that KV goes to."""
         self.followers: dict[int, Follower] = {}
         self._met = threading.Barrier(tp, timeout=PATIENCE_S)
@@ -132,16 +133,16 @@ class Gang:
         self._end = self._pool.submit(together, self._run, ParallelDims(tp, 1))
         self._end.add_done_callback(self._tell)
         self.worker = self._leads.result(PATIENCE_S)
+        stack.callback(self._stop)
 
     def open_prefill(self, request: GenerationRequest, epoch: int, to: Gang) -> None:
         """Compute a prompt here and hand it over, as an actor would have it done."""
         targets = self.worker.sender.targets(len(to.kv_ranks))
         endpoints = tuple(Endpoint("here", None, name) for name in to.kv_ranks)
-        first, *others = [self.network.to(f"{self.name}/0", to.kv_ranks[rank]) for rank in (0, *targets)]
+        first, *others = [self.network.to(f"{self._role}/0", to.kv_ranks[rank]) for rank in (0, *targets)]
         self.worker.open_prefill(request, epoch, first, Peers(endpoints, dict(zip(targets, others, strict=True))))
 
-    def stop(self) -> None:
-        """All ranks end."""
+    def _stop(self) -> None:
         self.worker.stop()
         self._end.result(PATIENCE_S)
         self._pool.shutdown()
@@ -149,15 +150,12 @@ class Gang:
     def _run(self, place: Place) -> None:
         torch.set_num_threads(1)
         rank, config = place.shard.tp_rank, tiny.tiny_config()
-        decoder = build_decoder(config, self._role, dtype=torch.float32, device=tiny.CPU, shard=place.shard)
-        with Checkpoint(tiny.tiny_folder()) as checkpoint:
-            load_decoder(decoder, config, checkpoint, has_vision_experts=self._role != "decode")
+        with _loading:
+            decoder = _decoder(self._role, place.shard)
         decoder.connect(place)
         size = self._num_blocks, tiny.BLOCK_SIZE
-        runner = Runner.around(
-            decoder, num_blocks=size[0], block_size=size[1], place=place, shares_kv=self._shares_kv
-        )
-        name = f"{self.name}/{rank}"
+        runner = Runner.around(decoder, num_blocks=size[0], block_size=size[1], place=place, shares_kv=self._shares_kv)
+        name = f"{self._role}/{rank}"
         if rank == 0:
             worker = Worker(runner, config, self._settings, self.outcomes, tiny.tiny_compiler)
             self.network.listen(name, worker.inbox)
@@ -184,6 +182,14 @@ class Gang:
             self._leads.set_exception(error)
 
 
-def slice_layout(num_ranks: int) -> KVLayout:
-    """Of each rank among so many."""
-    return KVLayout.from_model(tiny.tiny_config(), tiny.BLOCK_SIZE, "float32", num_ranks)
+@functools.cache
+def _decoder(role: Role, shard: Shard) -> Decoder:
+    """A rank's; used by one gang at a time, since a role is played once at a time."""
+    config = tiny.tiny_config()
+    decoder = build_decoder(config, role, dtype=torch.float32, device=tiny.CPU, shard=shard)
+    with Checkpoint(tiny.tiny_folder()) as checkpoint:
+        load_decoder(decoder, config, checkpoint, has_vision_experts=role != "decode")
+    return decoder
+
+
+_loading = threading.Lock()
