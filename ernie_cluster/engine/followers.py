@@ -18,8 +18,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from ernie_cluster.engine.leases import Lease
+from ernie_cluster.engine.slices import Run
 from ernie_cluster.errors import EngineFailed, TransferFailed
-from ernie_cluster.transport.base import Channel, Message
+from ernie_cluster.transport.base import JSON, Channel, Message
+from ernie_cluster.transport.choose import Endpoint
 
 
 class Followers:
@@ -41,24 +44,55 @@ class Followers:
     def __len__(self) -> int:
         return len(self.channels)
 
-    def ask(self, message: Message) -> Future[list[Message]]:
-        """What each answers, or the first error; done at once where there are none."""
-        return _together([channel.call(message, self._timeout_s) for channel in self.channels])
+    # ---- calls: done with what each answers, or with the first error; at once where nobody follows
 
-    def insist(self, message: Message) -> Future[list[Message]]:
-        """`ask`, for what every follower must know: that one does not answer is the end of the gang."""
-        answer = self.ask(message)
-        answer.add_done_callback(self._look_at)
-        return answer
+    def expect(self, lease: Lease) -> Future[list[Message]]:
+        """Pieces may be written under a lease when this is done."""
+        attempt = lease.request_id, lease.epoch
+        return self._insist("expect", *attempt, blocks=list(lease.blocks), num_shared=lease.num_shared)
 
-    def note(self, order: Message) -> None:
-        """Say something with the next step."""
-        if self.channels:
-            self._note(order)
+    def forget(self, lease: Lease) -> Future[list[Message]]:
+        """Nothing is written under a lease any more when this is done."""
+        return self._insist("forget", lease.request_id, lease.epoch)
+
+    def complete(self, lease: Lease, num_tokens: int) -> Future[list[Message]]:
+        """Whether the KV of so many tokens has come for a lease."""
+        return self._ask("complete", lease.request_id, lease.epoch, num_tokens=num_tokens)
+
+    def reach(self, request_id: str, epoch: int, ranks: Sequence[Endpoint]) -> Future[list[Message]]:
+        """A prompt is to be handed over to these ranks."""
+        return self._ask("reach", request_id, epoch, ranks=[rank.to_json() for rank in ranks])
+
+    def settle(self, request_id: str, epoch: int, num_blocks: int) -> Future[list[Message]]:
+        """All that each had to send of so many blocks is accepted; with the pieces that went to rank 0 over there."""
+        return self._ask("settle", request_id, epoch, num_blocks=num_blocks)
+
+    # ---- with the next step
+
+    def push(self, run: Run) -> None:
+        """Blocks of a hand-over are complete after the step."""
+        outgoing = run.outgoing
+        self._say({"push": [outgoing.request_id, outgoing.epoch, run.first_block, list(run.blocks)]})
 
     def drop(self, request_id: str, epoch: int) -> None:
         """A hand-over ends without having been settled."""
-        self.note({"drop": [request_id, epoch]})
+        self._say({"drop": [request_id, epoch]})
+
+    # ---- inside
+
+    def _say(self, note: Message) -> None:
+        if self.channels:
+            self._note(note)
+
+    def _ask(self, kind: str, request_id: str, epoch: int, **more: JSON) -> Future[list[Message]]:
+        message: Message = {"type": kind, "request_id": request_id, "epoch": epoch, **more}
+        return _together([channel.call(message, self._timeout_s) for channel in self.channels])
+
+    def _insist(self, kind: str, request_id: str, epoch: int, **more: JSON) -> Future[list[Message]]:
+        """`_ask`, for what every follower must know: that one does not answer is the end of the gang."""
+        answer = self._ask(kind, request_id, epoch, **more)
+        answer.add_done_callback(self._look_at)
+        return answer
 
     def _look_at(self, answer: Future[list[Message]]) -> None:
         error = answer.exception()

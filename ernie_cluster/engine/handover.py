@@ -134,8 +134,7 @@ class KVSender(PrefillHooks):
                     runs.append(Run(transfer.outgoing, transfer.next_block, blocks))
                     transfer.next_block = last_block
         for run in runs:
-            outgoing = run.outgoing
-            self._followers.note({"push": [outgoing.request_id, outgoing.epoch, run.first_block, list(run.blocks)]})
+            self._followers.push(run)
         return self._slices.hook(runs)
 
     def prompt_done(self, sequence: Sequence) -> None:
@@ -145,13 +144,7 @@ class KVSender(PrefillHooks):
             self._commit(transfer, transfer.outgoing.num_pieces)
             return
         num_blocks = transfer.next_block - transfer.first_block
-        settle: Message = {
-            "type": "settle",
-            "request_id": sequence.request_id,
-            "epoch": sequence.epoch,
-            "num_blocks": num_blocks,
-        }
-        others = self._followers.ask(settle)
+        others = self._followers.settle(sequence.request_id, sequence.epoch, num_blocks)
 
         def others_settled() -> None:
             error = failure_of(others)

@@ -107,16 +107,7 @@ class Inbox:
             if not self._followers:
                 self._ready(expected, lease)
                 return
-            told = self._followers.insist(
-                {
-                    "type": "expect",
-                    "request_id": request.request_id,
-                    "epoch": epoch,
-                    "blocks": list(lease.blocks),
-                    "num_shared": lease.num_shared,
-                }
-            )
-            lease.told = told
+            lease.told = told = self._followers.expect(lease)
             told.add_done_callback(lambda _: self._ready(expected, lease) if failure_of(told) is None else None)
 
     def open_media(self, sequence: Sequence) -> None:
@@ -266,7 +257,6 @@ class Inbox:
 
     def _recall(self, lease: Lease) -> None:
         """A lease has ended that followers write under."""
-        forget: Message = {"type": "forget", "request_id": lease.request_id, "epoch": lease.epoch}
 
         def forgotten(answer: Future[list[Message]]) -> None:
             if failure_of(answer) is None:  # else their blocks are nobody's, until the gang is replaced
@@ -276,7 +266,7 @@ class Inbox:
 
         assert lease.told is not None
         # not before they know it, for messages may overtake each other
-        lease.told.add_done_callback(lambda _: self._followers.insist(forget).add_done_callback(forgotten))
+        lease.told.add_done_callback(lambda _: self._followers.forget(lease).add_done_callback(forgotten))
 
     def _commit(self, request_id: str, epoch: int, num_pieces: int, output: list[int], reply: Reply) -> None:
         """Raises TransferFailed when something is missing here; what is missing on other ranks is replied."""
@@ -294,9 +284,7 @@ class Inbox:
                 self._begin(expected, lease, output)
                 reply({})
                 return
-        others = self._followers.ask(
-            {"type": "complete", "request_id": request_id, "epoch": epoch, "num_tokens": num_computed}
-        )
+        others = self._followers.complete(lease, num_computed)
 
         def completed() -> None:
             error = failure_of(others)

@@ -30,7 +30,7 @@ from ernie_cluster.engine.sequence import Sequence
 from ernie_cluster.errors import EngineFailed, ErnieClusterError, Overloaded, TransferFailed
 from ernie_cluster.grammar.compile import Compiler
 from ernie_cluster.request import GenerationRequest, RequestFailed, SamplingParams, block_hashes
-from ernie_cluster.transport.base import JSON, Channel, Message
+from ernie_cluster.transport.base import Channel, Message
 
 log = logging.getLogger(__name__)
 
@@ -194,10 +194,9 @@ class Worker:
         if channel is None:
             self._begin(sequence, None, 0)
             return
-        attempt: Message = {"request_id": request.request_id, "epoch": epoch}
-        claim = channel.call({"type": "claim", **attempt}, self.settings.lease_timeout_s)
-        ranks: list[JSON] = [endpoint.to_json() for endpoint in peers.endpoints]
-        reached = self._followers.ask({"type": "reach", **attempt, "ranks": ranks})
+        message: Message = {"type": "claim", "request_id": request.request_id, "epoch": epoch}
+        claim = channel.call(message, self.settings.lease_timeout_s)
+        reached = self._followers.reach(request.request_id, epoch, peers.endpoints)
 
         def answered() -> None:
             try:
@@ -343,6 +342,8 @@ class Worker:
     def _fail(self, failure: EngineFailed) -> None:
         """Tell everybody; the replica is replaced, so nothing is cleaned up."""
         with self.engine.lock:
+            if self._is_stopping:
+                return  # so are the other ranks
             self.failure = failure
             self.engine.lock.notify_all()
             ids = {*self.engine.sequences, *self._opening}
