@@ -291,7 +291,8 @@ class Inbox:
             try:
                 if error is None:
                     with self._engine.lock:
-                        self._leases.find(request_id, epoch)  # it may have ended meanwhile
+                        if self._expected.get(request_id) is not expected:
+                            raise TransferFailed(f"request {request_id}: attempt {epoch} was ended meanwhile")
                         self._begin(expected, lease, output)
             except TransferFailed as e:
                 error = e

@@ -80,7 +80,10 @@ def test_ranks_on_cpu_may_share_it(kv_placement: str) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (gang("shared", tp=2, num_gpus=1), r"pool mixed: tp = 2 on GPUs with engine.kv_placement = shared; .*use split or auto"),
+        (
+            gang("shared", tp=2, num_gpus=1),
+            r"pool mixed: tp = 2 on GPUs with engine.kv_placement = shared; .*use split or auto",
+        ),
         (gang(tp=2, num_gpus=0.5), r"tp \* dp = 2 ranks with num_gpus = 0\.5 each; .* set num_gpus to 1"),
         (gang(dp=2, num_gpus=0.25), r"tp \* dp = 2 ranks with num_gpus = 0\.25 each"),
         (gang(tp=4, num_gpus=1), r"num_kv_heads % tp = 2 % 4 = 2"),
