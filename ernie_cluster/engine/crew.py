@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -31,6 +31,8 @@ class Command(IntEnum):
     STEP = 0
     BEAT = 1
     STOP = 2
+    NOTES = 4
+    """Something to know for the next step, see `Crew.note`."""
 
 
 class Crew:
@@ -52,7 +54,7 @@ class Crew:
         return self._dp.size > 1
 
     def note(self, note: Message) -> None:
-        """Say something more with the next step that is announced; from any thread."""
+        """Say something to the followers with the next step; from any thread."""
         self._notes.append(note)
 
     def open(self, step: StepInput) -> None:
@@ -82,8 +84,10 @@ class Crew:
     def _say(self, command: Command, step: StepInput | None = None) -> None:
         self._last_said = self._clock()
         if self._tp.size > 1:
-            notes = [self._notes.popleft() for _ in range(len(self._notes))] if step is not None else []
-            announce(self._tp, command, step, notes)
+            if step is not None and self._notes:
+                announce(self._tp, Command.NOTES)
+                tell(self._tp, [self._notes.popleft() for _ in range(len(self._notes))])
+            announce(self._tp, command, step)
 
 
 def empty_step(device: torch.device) -> StepInput:
@@ -93,10 +97,10 @@ def empty_step(device: torch.device) -> StepInput:
     return StepInput(none, none.expand(3, 0), none, none.bool(), lens.view(0, 0), lens, (), (), 0, none, none, None)
 
 
-_HEADER = 8
+_HEADER = 7
 
 
-def announce(group: Group, command: Command, step: StepInput | None = None, notes: Sequence[Message] = ()) -> None:
+def announce(group: Group, command: Command, step: StepInput | None = None) -> None:
     """Tell the followers; they get all of the step but the rows whose logits are wanted, which only a leader needs."""
     if step is None:
         group.spread(torch.tensor([command, *[0] * (_HEADER - 1)]))
@@ -111,31 +115,21 @@ def announce(group: Group, command: Command, step: StepInput | None = None, note
         + [np.array(step.query_lens, np.int32).view(np.uint8), step.is_vision_T.cpu().numpy().view(np.uint8)]
     )  # fmt: skip
     has_embeds = step.media_embeds is not None
-    said = np.frombuffer(json.dumps(list(notes)).encode() if notes else b"", np.uint8)
-    header = [command, step.num_tokens, num_rows, width, num_embeds, step.num_decode, has_embeds, len(said)]
+    header = [command, step.num_tokens, num_rows, width, num_embeds, step.num_decode, has_embeds]
     group.spread(torch.tensor(header))
-    group.spread(torch.from_numpy(np.concatenate([body, said])))
+    group.spread(torch.from_numpy(body))
     if step.media_embeds is not None:
         group.spread(step.media_embeds)
 
 
-def receive(group: Group, embed: Tensor) -> tuple[Command, StepInput | None, list[Message]]:
-    """What the leader announces: a command, the step, and what was noted for it.
-
-    Args:
-        embed: [V, D], shows device, width and dtype of embeddings.
-
-    Raises:
-        GangBroken: the leader is gone, or silent for too long.
-    """
+def receive(group: Group, embed: Tensor) -> tuple[Command, StepInput | None]:
+    """What the leader announces; `embed` [V, D] shows device, width and dtype of embeddings. Raises GangBroken."""
     header = group.spread(torch.zeros(_HEADER, dtype=torch.int64))
-    command, num_tokens, num_rows, width, num_embeds, num_decode, has_embeds, num_said = header.tolist()
+    command, num_tokens, num_rows, width, num_embeds, num_decode, has_embeds = header.tolist()
     if command != Command.STEP:
-        return Command(command), None, []
+        return Command(command), None
     longs, ints = 5 * num_tokens + num_embeds, num_rows * width + 2 * num_rows
-    size = 8 * longs + 4 * ints + num_tokens
-    body = group.spread(torch.empty(size + num_said, dtype=torch.uint8)).numpy()
-    body, said = body[:size], body[size:]
+    body = group.spread(torch.empty(8 * longs + 4 * ints + num_tokens, dtype=torch.uint8)).numpy()
     wide, narrow = body[: 8 * longs].view(np.int64), body[8 * longs : 8 * longs + 4 * ints].view(np.int32)
     ids, positions, slots, media = np.split(wide, np.cumsum([num_tokens, 3 * num_tokens, num_tokens]))
     tables, seq_lens, query_lens = np.split(narrow, np.cumsum([num_rows * width, num_rows]))
@@ -162,4 +156,18 @@ def receive(group: Group, embed: Tensor) -> tuple[Command, StepInput | None, lis
         media_rows=tensor(media),
         media_embeds=embeds,
     )
-    return Command.STEP, step, json.loads(said.tobytes()) if num_said else []
+    return Command.STEP, step
+
+
+def tell(group: Group, notes: list[Message]) -> None:
+    """Give the followers what `hear` returns there."""
+    said = torch.frombuffer(bytearray(json.dumps(notes).encode()), dtype=torch.uint8)
+    group.spread(torch.tensor([len(said)]))
+    group.spread(said)
+
+
+def hear(group: Group) -> list[Message]:
+    """What the leader tells; raises GangBroken."""
+    size = group.spread(torch.zeros(1, dtype=torch.int64))
+    notes: list[Message] = json.loads(group.spread(torch.empty(int(size), dtype=torch.uint8)).numpy().tobytes())
+    return notes

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ernie_cluster.config.model import ModelConfig
-from ernie_cluster.engine.crew import Command, Crew, empty_step, receive
+from ernie_cluster.engine.crew import Command, Crew, empty_step, hear, receive
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.engine.shared_kv import share_kv
 from ernie_cluster.model.build import Role, build_decoder, has_vision_experts, torch_dtype
@@ -108,9 +108,13 @@ class Runner:
 
         `noted` is told what the leader noted for a step, and gives what is to be called after each of its layers.
         """
+        notes: list[Message] = []
         while True:
-            command, step, notes = receive(tp, self.decoder.embed)
+            command, step = receive(tp, self.decoder.embed)
             if command is Command.STOP:
                 return
+            if command is Command.NOTES:
+                notes = hear(tp)
             if step is not None:
                 self.decoder(step, self.kv, noted(notes))
+                notes = []

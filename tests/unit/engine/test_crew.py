@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie_cluster.config.parallel import ParallelDims
-from ernie_cluster.engine.crew import Command, Crew, announce, receive
+from ernie_cluster.engine.crew import Command, Crew, announce, empty_step, hear, receive
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.model.build import build_decoder
@@ -108,22 +108,36 @@ def test_followers_get_the_very_step(num_tokens: int, num_rows: int, width: int,
         media_embeds=torch.rand(num_embeds, 6) if has_media else None,
     )
 
-    notes: list[Message] = [{"push": ["a", 0, 3, [7, 5]]}, {"drop": ["b", 1]}] if has_media else []
-
-    def work(place: Place) -> list[tuple[Command, StepInput | None, list[Message]]]:
+    def work(place: Place) -> list[tuple[Command, StepInput | None]]:
         if place.shard.rank:
             return [receive(place.tp, torch.empty(1, 6)) for _ in range(3)]
         announce(place.tp, Command.BEAT)
-        announce(place.tp, Command.STEP, step, notes)
+        announce(place.tp, Command.STEP, step)
         announce(place.tp, Command.STOP)
         return []
 
-    beat, (command, got, said), stop = together(work, ParallelDims(2, 1))[1]
-    assert (beat, stop) == ((Command.BEAT, None, []), (Command.STOP, None, []))
-    assert (command, said) == (Command.STEP, notes)
+    beat, (command, got), stop = together(work, ParallelDims(2, 1))[1]
+    assert (beat, stop, command) == ((Command.BEAT, None), (Command.STOP, None), Command.STEP)
     for field in dataclasses.fields(StepInput):
         want, have = getattr(step, field.name), getattr(got, field.name)
         assert torch.equal(want, have) if isinstance(want, torch.Tensor) else want == have, field.name
+
+
+def test_followers_hear_before_a_step_what_was_noted_for_it() -> None:
+    notes: list[Message] = [{"push": ["a", 0, 3, [7, 5]]}, {"drop": ["ä", 1]}]
+
+    def work(place: Place) -> list[object]:
+        if place.shard.rank == 0:
+            crew = Crew(place)
+            for note in notes:
+                crew.note(note)
+            for _ in range(2):
+                crew.open(empty_step(tiny.CPU))
+            return []
+        embed = torch.empty(1, 1)
+        return [receive(place.tp, embed)[0], hear(place.tp), *(receive(place.tp, embed)[0] for _ in range(2))]
+
+    assert together(work, ParallelDims(2, 1))[1] == [Command.NOTES, notes, Command.STEP, Command.STEP]
 
 
 def test_an_idle_leader_beats() -> None:
