@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from ernie_cluster.config.kv_layout import KVLayout
+from ernie_cluster.engine.followers import refusal
 from ernie_cluster.engine.leases import Lease
 from ernie_cluster.engine.slices import KV_PIECE, Outgoing, Run, SliceOf, SliceSender, check_filled, write_piece
 from ernie_cluster.errors import TransferFailed
@@ -112,7 +113,7 @@ class Follower:
         try:
             ways = [(copy, self._connect(ranks[copy.dst_rank])) for copy in self._part.copies_to(len(ranks))]
         except Exception as e:
-            reply({"error": f"{type(e).__name__}: {e}"})
+            reply(refusal(e))
             return
         with self._lock:
             old = self._outgoing.get(request_id)
@@ -131,7 +132,7 @@ class Follower:
             with self._lock:
                 if self._outgoing.get(request_id) is found:
                     del self._outgoing[request_id]
-            reply({"error": str(error)} if error is not None else {"num_pieces": found.num_pieces})
+            reply({"num_pieces": found.num_pieces} if error is None else refusal(error))
 
         found.settle(self._slices.nbytes(found, num_blocks), settled)
 

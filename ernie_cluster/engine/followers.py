@@ -20,7 +20,7 @@ from concurrent.futures import Future
 
 from ernie_cluster.engine.leases import Lease
 from ernie_cluster.engine.slices import Run
-from ernie_cluster.errors import EngineFailed, TransferFailed
+from ernie_cluster.errors import EngineFailed, ReplicaLost, TransferFailed
 from ernie_cluster.transport.base import JSON, Channel, Message
 from ernie_cluster.transport.choose import Endpoint
 
@@ -101,7 +101,7 @@ class Followers:
 
 
 def _together(calls: Sequence[Future[Message]]) -> Future[list[Message]]:
-    """All results in order; the first failure, or an `error` that somebody answers, fails it at once."""
+    """All results in order; fails at once with the first `_error_of`."""
     whole: Future[list[Message]] = Future()
     lock, num_left, is_over = threading.Lock(), len(calls), False
     if not calls:
@@ -109,9 +109,7 @@ def _together(calls: Sequence[Future[Message]]) -> Future[list[Message]]:
 
     def answered(call: Future[Message]) -> None:
         nonlocal num_left, is_over
-        error = call.exception()
-        if error is None and "error" in call.result():
-            error = TransferFailed(str(call.result()["error"]))
+        error = _error_of(call)
         with lock:
             num_left -= 1
             if is_over or (error is None and num_left):
@@ -125,3 +123,21 @@ def _together(calls: Sequence[Future[Message]]) -> Future[list[Message]]:
     for call in calls:
         call.add_done_callback(answered)
     return whole
+
+
+def refusal(error: Exception) -> Message:
+    """What a follower answers where something went wrong with the other side."""
+    return {"error": f"{error}" or type(error).__name__, "is_lost": isinstance(error, ReplicaLost)}
+
+
+def _error_of(call: Future[Message]) -> Exception | None:
+    """Whose fault it was must be seen by whoever tries again: the other side's, or a rank's of our own."""
+    error = call.exception()
+    if isinstance(error, ReplicaLost):
+        return EngineFailed(f"a rank of this gang is gone: {error}")
+    if error is not None:
+        return error if isinstance(error, Exception) else EngineFailed(repr(error))
+    answer = call.result()
+    if "error" not in answer:
+        return None
+    return (ReplicaLost if answer.get("is_lost") else TransferFailed)(str(answer["error"]))

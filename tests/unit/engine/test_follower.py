@@ -120,7 +120,7 @@ def test_a_rank_that_cannot_be_told_of_a_lease_ends_the_gang() -> None:
     rank = Rank()
     told = rank.leader.expect(lease())
     rank.orders.fail(ReplicaLost("gone"))
-    assert isinstance(told.exception(), ReplicaLost)
+    assert isinstance(told.exception(), EngineFailed)
     assert ["gone" in str(failure) for failure in rank.broken] == [True]
 
 
@@ -155,15 +155,16 @@ def test_a_hand_over_may_be_asked_to_settle_before_its_last_step_has_run() -> No
     assert settled.done()
 
 
-def test_a_hand_over_whose_piece_fails_settles_with_its_error() -> None:
+@pytest.mark.parametrize("error", [ReplicaLost("decode/1 is gone"), TransferFailed("refused")])
+def test_a_hand_over_whose_piece_fails_settles_with_its_error(error: TransferFailed | ReplicaLost) -> None:
     rank = Rank()
     rank.reach().result(TIMEOUT_S)
     rank.notes.append({"push": ["a", 0, 0, [3]]})
     rank.step()
-    rank.way.fail(ReplicaLost("decode/1 is gone"))
+    rank.way.fail(error)
     settled = rank.leader.settle("a", 0, 1)
     rank.orders.deliver()
-    assert "decode/1 is gone" in str(settled.exception())
+    assert repr(settled.exception()) == repr(error)
     assert not rank.broken
     assert rank.follower.is_idle
 
@@ -198,7 +199,9 @@ def test_a_newer_attempt_takes_the_place_of_an_older_one_and_not_the_reverse() -
 def test_a_rank_that_is_out_of_reach_is_told(error: Exception) -> None:
     rank = Rank()
     rank.error = error
-    assert str(error.args[0]) in str(rank.reach().exception(TIMEOUT_S))
+    found = rank.reach().exception(TIMEOUT_S)
+    assert str(error.args[0]) in str(found)
+    assert isinstance(found, ReplicaLost) is isinstance(error, ReplicaLost)
     assert rank.follower.is_idle
 
 
