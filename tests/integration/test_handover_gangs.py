@@ -10,10 +10,12 @@ from contextlib import closing
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 import pytest
 import torch
 
+from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims, Shard
 from ernie_cluster.engine.follower import Follower
 from ernie_cluster.engine.handover import Peers
@@ -45,7 +47,7 @@ def rank_main(folder: str, rank: int, line: Connection) -> None:
         line.send(store.port)
     shard = Shard(ParallelDims(2, 1), rank)
     place = join(store or ("127.0.0.1", line.recv()), shard, tiny.CPU, PATIENCE_S)
-    config = tiny.ModelConfig.from_folder(folder)
+    config = ModelConfig.from_folder(folder)
     runner = Runner.load(
         folder, config, "prefill", dtype="float32", device=tiny.CPU, num_blocks=64, block_size=4, place=place,
         shares_kv=False,
@@ -56,7 +58,7 @@ def rank_main(folder: str, rank: int, line: Connection) -> None:
         follow(runner, place.tp, config, line)
 
 
-def lead(runner: Runner, config: tiny.ModelConfig, line: Connection) -> None:
+def lead(runner: Runner, config: ModelConfig, line: Connection) -> None:
     outcomes = tiny.Outcomes()
     worker = Worker(runner, config, tiny.make_worker("prefill", **SETTINGS)[0].settings, outcomes)  # type: ignore[arg-type]
     with closing(SharedMemoryChannel(line.recv(), "leader")) as orders:
@@ -73,7 +75,7 @@ def lead(runner: Runner, config: tiny.ModelConfig, line: Connection) -> None:
             line.send((outcomes.tokens, {key: type(error).__name__ for key, error in outcomes.errors.items()}))
 
 
-def follow(runner: Runner, tp: Group, config: tiny.ModelConfig, line: Connection) -> None:
+def follow(runner: Runner, tp: Group, config: ModelConfig, line: Connection) -> None:
     def connect(peer: Endpoint) -> SharedMemoryChannel:
         assert peer.shm_address is not None
         return SharedMemoryChannel(peer.shm_address, "prefill/1")
@@ -103,7 +105,7 @@ class Gang:
         self.lines[1].send(self.hear(0))
         self.lines[0].send(self.hear(1))
 
-    def hear(self, rank: int) -> object:
+    def hear(self, rank: int) -> Any:
         assert self.lines[rank].poll(PATIENCE_S), f"rank {rank} does not answer"
         return self.lines[rank].recv()
 
@@ -160,7 +162,7 @@ def test_two_processes_hand_over_to_one(gang: Gang, request_of_many_blocks: Gene
         outcomes.wait_for(["a"], PATIENCE_S)
         assert not outcomes.errors
         gang.lines[0].send("its tokens")
-        tokens, errors = gang.hear(0)  # type: ignore[misc]
+        tokens, errors = gang.hear(0)
         assert errors == {}
         assert tokens["a"] + outcomes.tokens["a"][1:] == answers(*tiny.make_worker(), [request])["a"]
     assert senders.count(0) == senders.count(1) > 0
@@ -185,7 +187,7 @@ def test_when_one_of_them_is_killed_the_attempt_fails_on_both_sides(
         gang.lines[0].send(receiver.address)
         gang.lines[0].send(request)
         gang.lines[0].send("its failure")
-        _, errors = gang.hear(0)  # type: ignore[misc]
+        _, errors = gang.hear(0)
         assert errors == {"a": "EngineFailed"}
         assert worker.snapshot().num_leases == 1
         assert worker.abort("a")
