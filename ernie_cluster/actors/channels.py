@@ -12,6 +12,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from ernie_cluster.actors.links import translate
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.config.cluster import TransportConfig
 from ernie_cluster.errors import ReplicaError, ReplicaLost
@@ -165,8 +166,7 @@ class Channels:
             raise ReplicaLost(f"{peer.actor_name} is not there") from None
 
         def deliver(message: Message, refs: list[Any]) -> Future[Message]:
-            answer: Future[Message] = actor.deliver.remote(message, refs).future()
-            return answer
+            return _translated(actor.deliver.remote(message, refs).future(), peer.actor_name)
 
         return ObjectStoreChannel(ray.put, deliver, self._me.actor_name)
 
@@ -176,6 +176,21 @@ async def receive(receivers: Receivers, message: Message, refs: list[Any]) -> Me
     payload: NDArray[np.uint8] | None = await refs[0] if refs else None
     answer = await asyncio.to_thread(receivers.object_store.receive, message, payload)
     return await asyncio.wrap_future(answer)
+
+
+def _translated(delivery: Future[Message], where: str) -> Future[Message]:
+    """The same with errors of our tree, above all ReplicaLost for an actor that is dead."""
+    answer: Future[Message] = Future()
+
+    def settle(done: Future[Message]) -> None:
+        error = done.exception()
+        if error is None:
+            answer.set_result(done.result())
+        else:
+            answer.set_exception(translate(error, where))
+
+    delivery.add_done_callback(settle)
+    return answer
 
 
 def open_gpu(sink: Sink, device: torch.device, config: TransportConfig) -> GpuWays | None:

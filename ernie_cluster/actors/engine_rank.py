@@ -20,6 +20,7 @@ from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import Batch, Load, Meeting, Outcome, RankArgs, Ready
+from ernie_cluster.config.experts import LayerExperts
 from ernie_cluster.request import GenerationRequest
 from ernie_cluster.transport.base import Channel, Message
 from ernie_cluster.transport.choose import Endpoint
@@ -130,7 +131,12 @@ class EngineRank:
             num_leases=now.num_leases,
             free_blocks=now.free_blocks,
             total_blocks=now.total_blocks,
+            experts=now.experts,
         )
+
+    async def experts(self) -> list[LayerExperts]:
+        """Use and place of every expert."""
+        return self._worker.experts()
 
     async def check(self) -> bool:
         """Invariants of the block pool and the books; raises AssertionError."""

@@ -25,6 +25,8 @@ SETTINGS = {
 
 _SIDE_PORTS = range(20_000, 30_000)
 """Below the ports that the system hands out, above those that services are known by."""
+_PORTS_PER_CLUSTER = 64
+"""For the replicas that HAProxy sends requests to, on one machine."""
 
 
 @contextmanager
@@ -46,7 +48,11 @@ def _own_proxy() -> dict[str, str]:
     """HAProxy's files and side ports, which Serve else puts at one place for all users of a machine."""
     folder = tempfile.mkdtemp(prefix="ernie-haproxy-", dir="/tmp")  # not $TMPDIR: a socket's path must be short
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # Serve counts up from one number, and until a replica has found its port taken its requests go to who took it
+    first = free_port()
     return {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS_PER_CLUSTER - 1),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",

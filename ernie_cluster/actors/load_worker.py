@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ernie_cluster.actors import process
@@ -11,6 +12,7 @@ from ernie_cluster.actors.messages import Outcome, RankArgs
 from ernie_cluster.config.cluster import EngineConfig
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.balance import Rule
 from ernie_cluster.engine.follower import Follower
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.slices import SliceOf
@@ -20,6 +22,7 @@ from ernie_cluster.grammar.compile import Compiler, Vocabulary
 from ernie_cluster.inputs.tokenizer import Tokenizer, end_token_ids
 from ernie_cluster.model.group import ALONE, Place, join
 from ernie_cluster.observe.progress import ByteProgress
+from ernie_cluster.policy.experts import rebalance
 from ernie_cluster.transport.base import Channel
 from ernie_cluster.transport.choose import Endpoint
 
@@ -68,6 +71,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
         block_size=settings.block_size,
         place=place,
         shares_kv=settings.kv_placement != "split",
+        rule=rule_of(args),
         progress=ByteProgress(f"{args.model}, {args.role}{number}: weights", sys.stderr),
     )
 
@@ -111,6 +115,14 @@ def load_worker(args: RankArgs, place: Place, emit: Callable[[list[Outcome]], No
 
 def _settings(args: RankArgs) -> EngineConfig:
     return args.config.model(args.model).engine
+
+
+def rule_of(args: RankArgs) -> Rule | None:
+    """When the experts of this rank's gang move; None = never."""
+    pool = args.config.model(args.model).pool(args.role)
+    if pool is None or not pool.eplb.enabled:
+        return None
+    return Rule(pool.eplb.interval_steps, partial(rebalance, min_gain=pool.eplb.min_gain))
 
 
 def load_vocabulary(folder: str, size: int) -> Vocabulary:

@@ -75,19 +75,23 @@ class Examiner:
         waiting = iter(questions)
 
         async def work() -> None:
-            for skill, language, seed in waiting:
-                tell(await self.examine(draw(skill, seed, "zh" if language == "zh" else "en"), seed))
+            for key in waiting:
+                skill, language, seed = key
+                tell(await self.examine(draw(skill, seed, "zh" if language == "zh" else "en"), key))
 
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(work())
 
-    async def examine(self, sample: Sample, seed: int) -> Result:
-        """Ask one question; run the tool that the model calls, and ask on. Never raises for what the server does."""
+    async def examine(self, sample: Sample, key: Key) -> Result:
+        """Ask one question; run the tool that the model calls, and ask on. Never raises for what the server does.
+
+        Args:
+            sample: the question.
+            key: under which it counts; a question of the skill `tool` may need none, and be of another skill itself.
+        """
         wanted = [call_line(sample.tool_call)] if sample.tool_call else []
-        blank = Result(
-            sample.skill, sample.language, seed, question_of(sample), wanted="\n".join([*wanted, sample.answer])
-        )
+        blank = Result(*key, question_of(sample), wanted="\n".join([*wanted, sample.answer]))
         start = self.clock()
         try:
             result = await self._converse(sample, blank)

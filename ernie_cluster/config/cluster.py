@@ -96,6 +96,26 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class EplbConfig:
+    """Expert-parallel load balancing: experts of a gang move to where the ranks have equally much to do."""
+
+    enabled: bool = False
+    """Move experts, between two steps, by the tokens that each has had. Answers stay the same. For gangs only."""
+    interval_steps: int = 1000
+    """Steps between two decisions, at least 1; each looks at the tokens since the one before."""
+    redundant_experts: int = 0
+    """Slots of each rank, layer and modality for copies of hot experts, at least 0, while `enabled`; each costs the memory
+    of an expert. With 0 experts change places only."""
+    min_gain: float = 0.05
+    """A layer's experts stay unless the fullest rank would lose at least this part of its load, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "interval_steps")
+        _check_range(self, 0, "redundant_experts")
+        _check_range(self, 0, "min_gain", high=1)
+
+
+@dataclass(frozen=True, slots=True)
 class PoolConfig:
     """All replicas of one role of one model."""
 
@@ -111,6 +131,8 @@ class PoolConfig:
     """Tensor-parallel ranks, at least 1; 1 in vision pools."""
     dp: int = 1
     """Data-parallel groups of `tp` ranks, at least 1; 1 in vision pools."""
+    eplb: EplbConfig = EplbConfig()
+    """Where experts stand; only where `tp * dp` is more than 1."""
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "num_replicas")
@@ -122,11 +144,15 @@ class PoolConfig:
                 f"vision pool: tp * dp = {self.tp} * {self.dp} = {world} must be 1; "
                 "a picture is encoded on one rank, so raise num_replicas instead"
             )
+        if self.eplb.enabled and world == 1:
+            raise ConfigError(
+                f"{self.role} pool: eplb.enabled with tp * dp = 1: one rank has all experts; raise tp or dp, or turn it off"
+            )
 
     @property
     def dims(self) -> ParallelDims:
         """How one replica's ranks split the model."""
-        return ParallelDims(self.tp, self.dp)
+        return ParallelDims(self.tp, self.dp, self.eplb.redundant_experts if self.eplb.enabled else 0)
 
 
 @dataclass(frozen=True, slots=True)

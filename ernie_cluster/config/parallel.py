@@ -32,11 +32,17 @@ class ParallelDims:
     """Ranks that share one token's attention heads and MLP columns; at least 1."""
     dp: int = 1
     """Groups of `tp` ranks, each with its own tokens; at least 1."""
+    redundant_experts: int = 0
+    """Slots of each rank and modality beyond its share of the experts, for copies of hot ones; at least 0."""
 
     def __post_init__(self) -> None:
-        for axis, size in (("tp", self.tp), ("dp", self.dp)):
-            if size < 1:
-                raise ConfigError(f"{axis} = {size} must be at least 1")
+        for name, size, least in (
+            ("tp", self.tp, 1),
+            ("dp", self.dp, 1),
+            ("redundant_experts", self.redundant_experts, 0),
+        ):
+            if size < least:
+                raise ConfigError(f"{name} = {size} must be at least {least}")
 
     @property
     def world(self) -> int:
@@ -71,6 +77,11 @@ class ParallelDims:
                     f"{name} % {axis} = {size} % {parts} = {size % parts}, must be 0 "
                     f"(tp = {self.tp}, dp = {self.dp}, ep = tp * dp = {self.ep}); "
                     f"{axis} can be {', '.join(map(str, _divisors(size)))}"
+                )
+            if axis == "ep" and size // parts + self.redundant_experts > size:
+                raise ConfigError(
+                    f"redundant_experts = {self.redundant_experts} must be at most {size - size // parts}: "
+                    f"{name} / (tp * dp) = {size // parts} stand on each rank already, none of them twice"
                 )
 
     def _splits(self, model: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
@@ -142,23 +153,9 @@ class Shard:
         first, end = (-(-rank * num_experts // self.dims.ep) for rank in (self.ep_rank, self.ep_rank + 1))
         return range(first, end)
 
-
-def expert_places(num_experts: int, num_pools: int, dims: ParallelDims) -> list[tuple[int, int]]:
-    """(rank, index among that rank's experts) of every expert of the joint table.
-
-    A rank holds its text experts first, then its vision experts.
-
-    Args:
-        num_experts: of one modality.
-        num_pools: modalities, 1 or 2.
-    """
-    ranks = [ep_rank_of(e, num_experts, dims.ep) for e in range(num_experts * num_pools)]
-    seen = [0] * dims.ep
-    places = []
-    for rank in ranks:
-        places.append((rank, seen[rank]))
-        seen[rank] += 1
-    return places
+    def slots(self, num_experts: int) -> int:
+        """Places for experts on this rank within one modality's `num_experts`, redundant ones included."""
+        return len(self.experts(num_experts)) + self.dims.redundant_experts
 
 
 WHOLE = Shard()

@@ -2,7 +2,9 @@
 
 The first rank of each tensor-parallel group leads: it has the engine, and announces each step to its followers, which
 have nothing but weights. Leaders of several groups (dp > 1) ask each other before each step whether anybody has work:
-if so all run, those without work a step without tokens, since experts are spread over all of them.
+if so all run, those without work a step without tokens, since experts are spread over all of them. In the same vote rank 0
+calls for moving experts: then all leaders hear what it decides, tell their followers, and all ranks exchange weights before
+anybody steps.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ernie_cluster.engine.balance import Balancer
 from ernie_cluster.model.group import ALONE, Group, Place
 from ernie_cluster.model.step import StepInput
 from ernie_cluster.transport.base import Message
@@ -31,6 +34,8 @@ class Command(IntEnum):
     STEP = 0
     BEAT = 1
     STOP = 2
+    MOVE = 3
+    """Experts change places; where to, `Balancer.follow` hears."""
     NOTES = 4
     """Something to know for the next step, see `Crew.note`."""
 
@@ -41,10 +46,13 @@ class Crew:
     Args:
         place: of the leader; ALONE has nobody to lead, and every call is free.
         clock: monotonic seconds.
+        balancer: of the experts; None = they stay where they are, and nobody counts.
     """
 
-    def __init__(self, place: Place = ALONE, clock: Callable[[], float] = time.monotonic) -> None:
-        self._tp, self._dp, self._clock = place.tp, place.dp, clock
+    def __init__(
+        self, place: Place = ALONE, clock: Callable[[], float] = time.monotonic, balancer: Balancer | None = None
+    ) -> None:
+        self._tp, self._dp, self._clock, self.balancer = place.tp, place.dp, clock, balancer
         self._last_said = clock()
         self._notes: deque[Message] = deque()
 
@@ -79,7 +87,25 @@ class Crew:
         self._say(Command.STOP)
 
     def _vote(self, has_work: bool) -> bool:
-        return has_work if not self.has_peers else bool(self._dp.add(torch.tensor([int(has_work)])).item())
+        """Whether any leader has work. Experts move in here, where every rank is between two steps."""
+        is_due = self.balancer is not None and self.balancer.is_due(self._clock())
+        if self.has_peers:
+            has_work, is_due = (self._dp.add(torch.tensor([int(has_work), int(is_due)])) > 0).tolist()
+        if is_due:
+            self._move_experts()
+        if has_work and self.balancer is not None:
+            self.balancer.stepped()
+        return has_work
+
+    def _move_experts(self) -> None:
+        assert self.balancer is not None, "a leader of this gang balances its experts, so all do"
+        wanted = self.balancer.decide()
+        if wanted is None:
+            return
+        self._say(Command.MOVE)
+        if self._tp.size > 1:
+            self._tp.spread(wanted)
+        self.balancer.move(wanted)
 
     def _say(self, command: Command, step: StepInput | None = None) -> None:
         self._last_said = self._clock()

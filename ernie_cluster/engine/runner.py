@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.balance import Balancer, Rule
 from ernie_cluster.engine.crew import Command, Crew, empty_step, hear, receive
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.engine.shared_kv import share_kv
@@ -46,22 +47,33 @@ class Runner:
         block_size: int,
         place: Place = ALONE,
         shares_kv: bool = True,
+        rule: Rule | None = None,
         progress: Callable[[int, int], None] = no_progress,
     ) -> Runner:
         """A rank's weights from a checkpoint folder, and an empty cache; raises CheckpointError.
 
-        `progress(bytes done, bytes in all)` is called as they are read.
+        `rule` says when experts move between the ranks of a gang, `progress(bytes done, bytes in all)` is called as weights
+        are read.
         """
         decoder = build_decoder(config, role, dtype=torch_dtype(dtype), device=device, shard=place.shard)
         with Checkpoint(folder) as checkpoint:
             has_vision = has_vision_experts(config, role)
             load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
         decoder.connect(place)
-        return cls.around(decoder, num_blocks=num_blocks, block_size=block_size, place=place, shares_kv=shares_kv)
+        return cls.around(
+            decoder, num_blocks=num_blocks, block_size=block_size, place=place, shares_kv=shares_kv, rule=rule
+        )
 
     @classmethod
     def around(
-        cls, decoder: Decoder, *, num_blocks: int, block_size: int, place: Place = ALONE, shares_kv: bool = True
+        cls,
+        decoder: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        place: Place = ALONE,
+        shares_kv: bool = True,
+        rule: Rule | None = None,
     ) -> Runner:
         """A loaded decoder and an empty cache on its device and in its dtype.
 
@@ -69,14 +81,15 @@ class Runner:
         with the heads that it computes on, as on GPUs.
         """
         c, weight = decoder.config, decoder.embed
+        crew = Crew(place, balancer=Balancer(decoder, place, rule))
         if place.tp.size > 1 and weight.device.type == "cpu" and shares_kv:
             shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, c.head_dim)
-            return cls(decoder, share_kv(place, shape, weight.dtype), Crew(place))
+            return cls(decoder, share_kv(place, shape, weight.dtype), crew)
         num_kv_heads = len(decoder.shard.kv_heads(c.num_kv_heads))
         kv = KVCache.allocate(
             c.num_layers, num_blocks, block_size, num_kv_heads, c.head_dim, weight.dtype, weight.device
         )
-        return cls(decoder, kv, Crew(place))
+        return cls(decoder, kv, crew)
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +126,9 @@ class Runner:
             command, step = receive(tp, self.decoder.embed)
             if command is Command.STOP:
                 return
+            if command is Command.MOVE:
+                assert self.crew.balancer is not None
+                self.crew.balancer.follow(tp)
             if command is Command.NOTES:
                 notes = hear(tp)
             if step is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ernie_cluster.config.experts import ExpertUse, LayerExperts
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.batch import BatchBuilder
@@ -76,6 +77,8 @@ class WorkerSnapshot:
     preemptions: int
     kv_bytes_sent: int
     kv_bytes_received: int
+    experts: ExpertUse | None = None
+    """None in a model without experts."""
 
 
 class Worker:
@@ -240,7 +243,7 @@ class Worker:
                 self.leases.renew(request_id, now)
 
     def snapshot(self) -> WorkerSnapshot:
-        engine, counters = self.engine, self.engine.counters
+        engine, counters, balancer = self.engine, self.engine.counters, self.engine.runner.crew.balancer
         with engine.lock:
             queued = [*engine.scheduler.running, *engine.scheduler.waiting]
             return WorkerSnapshot(
@@ -257,7 +260,13 @@ class Worker:
                 preemptions=counters.preemptions,
                 kv_bytes_sent=self.sender.bytes_sent,
                 kv_bytes_received=self.inbox.bytes_received,
+                experts=None if balancer is None else balancer.use,
             )
+
+    def experts(self) -> list[LayerExperts]:
+        """Use and place of every expert; empty in a model without experts."""
+        balancer = self.engine.runner.crew.balancer
+        return [] if balancer is None else balancer.layers()
 
     def check(self) -> bool:
         """Invariants, and that every used block belongs to a sequence or a lease."""

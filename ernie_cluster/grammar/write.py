@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_WHITESPACE = r"[ \t\r\n]{0,64}"
-"""Between the marks of JSON. Bounded, because a model in doubt may indent for ever."""
+_WHITESPACE = r" ?|\n[ \t]{0,24}"
+"""Between the marks of JSON: none, a space, or a new line and what it is indented by. A model in doubt takes all it may."""
 
 
 def json_body(schema: Mapping[str, Any]) -> str:
@@ -36,7 +36,7 @@ def choice_body(choices: Sequence[str]) -> str:
 
 
 def calls_body(tools: Mapping[str, Mapping[str, Any]], *, at_most_one: bool) -> str:
-    """Calls of tools, as the chat template writes them; at least one.
+    """Calls of tools, as the chat template writes them, with its new lines around them or without; at least one.
 
     Args:
         tools: name -> schema of the arguments, which are an object.
@@ -52,7 +52,9 @@ def calls_body(tools: Mapping[str, Mapping[str, Any]], *, at_most_one: bool) -> 
         )
         for name, schema in tools.items()
     )
-    return f"({calls})" if at_most_one else f"({calls}) ({_literal(chr(10))} ({calls}))*"
+    line = _literal("\n")
+    more = "" if at_most_one else f"({line} ({calls}))*"
+    return f"({line} {line}?)? ({calls}) {more} {line}?"
 
 
 def grammar(*bodies: str, after_thinking: bool = False) -> str:

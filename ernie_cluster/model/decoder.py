@@ -77,11 +77,12 @@ class DecoderLayer(nn.Module):
         sin_TF: Tensor,
         pages: tuple[Tensor, Tensor],
         step: StepInput,
+        chosen: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.input_norm, self.eps)
         x_TD = self.attention(x_TD, cos_TF, sin_TF, pages, step)
         x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.post_attention_norm, self.eps)
-        return self.tp.add(self.mlp(x_TD, step.is_vision_T)), residual_TD
+        return self.tp.add(self.mlp(x_TD, step.is_vision_T, chosen)), residual_TD
 
     def connect(self, place: Place) -> None:
         """Add up with the peers of a gang."""
@@ -120,6 +121,11 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.head = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
         self._rope: TextRope | None = None
+        self.sparse = [layer.mlp for layer in self.layers if isinstance(layer.mlp, SparseMLP)]
+        num_experts = self.sparse[0].router.num_experts * self.sparse[0].router.num_pools if self.sparse else 0
+        self.routed_LE = torch.zeros(len(self.sparse), num_experts, dtype=torch.int64)
+        """How often each expert of each sparse layer was chosen by this rank's tokens, ever."""
+        self._one = torch.ones(1, 1, dtype=torch.int64)
 
     def connect(self, place: Place) -> None:
         """Run together with the other ranks of a gang from now on; each calls `forward` as often as all others."""
@@ -143,10 +149,13 @@ class Decoder(nn.Module):
         x = self.embed.index_select(0, step.token_ids_T)
         if step.media_embeds is not None:
             x.index_copy_(0, step.media_rows, step.media_embeds)
-        residual = torch.zeros_like(x)
+        residual, chosen = torch.zeros_like(x), list[Tensor]()
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, cos_TF, sin_TF, kv.layer(i), step)
+            x, residual = layer(x, residual, cos_TF, sin_TF, kv.layer(i), step, chosen)
             layer_done(i)
+        if chosen:  # one addition for all layers, and no question to the device
+            chosen_LX = torch.stack(chosen).flatten(1)
+            self.routed_LE.scatter_add_(1, chosen_LX, self._one.expand_as(chosen_LX))
         x, residual = x.index_select(0, step.logits_rows), residual.index_select(0, step.logits_rows)
         x, _ = self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
         return self.ops.linear(x, self.embed if self.config.tie_word_embeddings else self.head).float()

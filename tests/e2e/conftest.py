@@ -3,8 +3,8 @@
 tiny          vision, prefill, two decode replicas   the disaggregated way
 mixed         vision, mixed                          the same checkpoint without a hand-over
 small         mixed, 24 KV blocks of 16 tokens       to be over capacity soon
-gang          vision, prefill tp 2, decode dp 2      the first one's answers from several ranks, each with its own KV
-                                                     heads, as on GPUs; with --slow only
+gang          vision, prefill tp 2, decode dp 2      the same answers from ranks with KV heads of their own, experts on the
+                                                     move; --slow only
 ernie-pocket  vision, prefill, decode                the packaged model, where it is there: answers that can be right
 """
 
@@ -16,7 +16,16 @@ from collections.abc import Iterator
 import pytest
 
 from ernie_cluster.cli.local import is_packaged
-from ernie_cluster.config.cluster import MIB, ApiConfig, ClusterConfig, ModelDeployment, PoolConfig, RouterConfig
+from ernie_cluster.config.cluster import (
+    MIB,
+    ApiConfig,
+    ClusterConfig,
+    EplbConfig,
+    ModelDeployment,
+    PoolConfig,
+    RouterConfig,
+)
+from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.presets import POCKET, PRESETS
 from tests.tiny import tiny_folder
 
@@ -24,12 +33,14 @@ START_TIMEOUT_S = 300.0
 SMALL_BLOCKS = 24
 GANG_POOLS = (
     PoolConfig("vision", num_cpus=0.1),
-    PoolConfig("prefill", num_cpus=0.1, tp=2),
-    PoolConfig("decode", num_cpus=0.1, dp=2),
+    PoolConfig("prefill", num_cpus=0.1, tp=2, eplb=EplbConfig(enabled=True, interval_steps=2, min_gain=0.0)),
+    PoolConfig("decode", num_cpus=0.1, dp=2, eplb=EplbConfig(enabled=True, interval_steps=20, redundant_experts=1)),
 )
 
 
-def build_config(folder: str, port: int, grpc_port: int, *, has_gang: bool) -> ClusterConfig:
+def build_config(
+    folder: str, port: int, grpc_port: int, *, has_gang: bool, image_search: ImageSearchConfig | None
+) -> ClusterConfig:
     """See the module."""
     (tiny,), (mixed,) = PRESETS["tiny"](folder).models, PRESETS["tiny-mixed"](folder).models
     pools = tuple(dataclasses.replace(p, num_replicas=2 if p.role == "decode" else 1) for p in tiny.pools)
@@ -47,23 +58,50 @@ def build_config(folder: str, port: int, grpc_port: int, *, has_gang: bool) -> C
             *(PRESETS["pocket"](POCKET).models if is_packaged() else ()),
         ),
         api=ApiConfig(
-            port=port, grpc_port=grpc_port, max_body_bytes=4 * MIB, max_image_bytes=MIB, max_image_pixels=1_000_000
+            port=port,
+            grpc_port=grpc_port,
+            max_body_bytes=4 * MIB,
+            max_image_bytes=MIB,
+            max_image_pixels=1_000_000,
+            image_search=image_search,
         ),
         router=RouterConfig(heartbeat_timeout_s=10.0, lease_timeout_s=15.0, max_attempts=3),
     )
 
 
 @pytest.fixture(scope="package")
-def app(request: pytest.FixtureRequest) -> Iterator[object]:
+def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageSearchConfig | None:
+    """A folder of pictures and its index, made by the command; None without the model that makes it."""
+    if not is_packaged():
+        return None
+    from ernie_cluster.cli.main import main
+    from ernie_cluster.skills.catalog import draw
+    from tests.e2e.test_skills import PHOTO_SEEDS
+
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in PHOTO_SEEDS:
+        draw("zoom", seed).pictures[0].image.save(folder / f"{seed}.png")
+    index = tmp_path_factory.mktemp("index") / "photos.index"
+    assert main(["index", str(folder), "--out", str(index)]) == 0
+    return ImageSearchConfig(str(index), str(folder), "ernie-pocket")
+
+
+@pytest.fixture(scope="package")
+def app(request: pytest.FixtureRequest, photos: ImageSearchConfig | None) -> Iterator[object]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # no token file in the home of whoever runs the tests
         from ernie_cluster.actors import launch
         from ernie_cluster.actors.environment import free_port
         from tests.e2e.application import Application, eventually
 
-        application = Application(
-            build_config(tiny_folder(), free_port(), free_port(), has_gang=request.config.getoption("--slow"))
+        config = build_config(
+            tiny_folder(),
+            free_port(),
+            free_port(),
+            has_gang=request.config.getoption("--slow"),
+            image_search=photos,
         )
+        application = Application(config)
         launch.check(application.config)
         launch.start_ray(application.config, None, print)
         try:

@@ -12,7 +12,7 @@ from ernie_cluster.cli.local import is_packaged
 from tests.e2e.application import Application
 from tests.e2e.shown import ASK_COLOUR, ASK_SUM, ASK_WEATHER, CITY, MODEL, SUM, TOOL, WEATHER_THERE, circle, written
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree")]
+pytestmark = pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree")
 
 GREEDY: dict[str, Any] = {"model": MODEL, "max_tokens": 128, "extra_body": {"temperature": 0}}
 """The client has no word for the temperature any more; the server takes it as ever."""

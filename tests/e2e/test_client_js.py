@@ -17,7 +17,6 @@ from tests.e2e.application import Application
 from tests.e2e.shown import as_json
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree"),
     pytest.mark.timeout(600),
 ]

@@ -17,7 +17,7 @@ pytest.importorskip("langchain_openai", reason="langchain-openai is not installe
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree")]
+pytestmark = pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree")
 
 
 class Seen(BaseModel):
@@ -29,7 +29,7 @@ class Seen(BaseModel):
 
 def model(app: Application, **options: Any) -> ChatOpenAI:
     fixed = {"temperature": 0, "timeout": 60, "max_retries": 0}
-    return ChatOpenAI(model=MODEL, base_url=f"{app.url}/v1", api_key="none", max_tokens=64, **(fixed | options))  # type: ignore[arg-type]
+    return ChatOpenAI(model=MODEL, base_url=f"{app.url}/v1", api_key="none", max_tokens=256, **(fixed | options))  # type: ignore[arg-type]
 
 
 def shown() -> HumanMessage:

@@ -33,9 +33,9 @@ from tests.e2e.shown import (
     written,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree")]
+pytestmark = pytest.mark.skipif(not is_packaged(), reason="no pocket checkpoint in this tree")
 
-GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 64}
+GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 256}
 TOOLS: Any = [TOOL]
 OTHER_TOOL: Any = {"type": "function", "function": {"name": "calculator"}}
 

@@ -14,7 +14,7 @@ const provider = createOpenAICompatible({
     includeUsage: true,
     supportsStructuredOutputs: true,
 });
-const greedy = {model: provider(shown.model), temperature: 0, maxOutputTokens: 64, maxRetries: 0};
+const greedy = {model: provider(shown.model), temperature: 0, maxOutputTokens: 256, maxRetries: 0};
 const Seen = z.object({colour: z.enum(["red", "green", "blue"]), shape: z.enum(["circle", "square"])});
 
 function about(image, text) {

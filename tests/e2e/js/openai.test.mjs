@@ -9,7 +9,7 @@ import {z} from "zod";
 import {baseURL, collect, limit, shown} from "./shown.mjs";
 
 const client = new OpenAI({baseURL, apiKey: "none", timeout: 25_000, maxRetries: 0});
-const greedy = {model: shown.model, temperature: 0, max_tokens: 64};
+const greedy = {model: shown.model, temperature: 0, max_tokens: 256};
 const Seen = z.object({colour: z.enum(["red", "green", "blue"]), shape: z.enum(["circle", "square"])});
 
 function about(url, text) {

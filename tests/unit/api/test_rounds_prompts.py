@@ -76,7 +76,7 @@ async def test_prompts_are_those_of_eval(processor: ChatProcessor, sample: Sampl
         )
         for backend in (theirs, ours)
     ]
-    result = await Examiner(clients[0], "tiny").examine(sample, seed=0)
+    result = await Examiner(clients[0], "tiny").examine(sample, (sample.skill, "en", 0))
     assert (result.error, result.is_right) == ("", True)
     body = {
         "model": "tiny",

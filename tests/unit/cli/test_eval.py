@@ -160,6 +160,14 @@ def test_results_keep_the_order_of_the_questions(tmp_path: Path) -> None:
     assert [r.key for r in written(file)] == questions
 
 
+def test_each_question_counts_for_the_skill_that_was_asked_for(tmp_path: Path) -> None:
+    """Some of `tool` need none, and are drawn as another skill's."""
+    questions = plan(["tool"], 30, seed=0)
+    assert any(draw(skill, seed, "en").skill != "tool" for skill, _, seed in questions)
+    evaluate("--skills", "tool", "--samples", "30", "--json", str(tmp_path / "r.json"))
+    assert [r.key for r in written(tmp_path / "r.json")] == questions
+
+
 def test_comparing_and_insisting_on_the_same_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "before.json"
     few = ("--skills", "count", "--samples", "2")
@@ -262,6 +270,8 @@ def test_latency_is_of_the_whole_question() -> None:
     async def examine() -> Result:
         transport: Any = httpx.ASGITransport(Oracle([sample]).app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await Examiner(client, "oracle", clock=lambda: next(ticks)).examine(sample, HELD_OUT)
+            return await Examiner(client, "oracle", clock=lambda: next(ticks)).examine(
+                sample, (sample.skill, "en", HELD_OUT)
+            )
 
     assert asyncio.run(examine()).latency_s == 3.5

@@ -13,6 +13,7 @@ from ernie_cluster.config.cluster import (
     ApiConfig,
     ClusterConfig,
     EngineConfig,
+    EplbConfig,
     ModelDeployment,
     PoolConfig,
     RouterConfig,
@@ -43,6 +44,10 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
         (lambda: PoolConfig("mixed", num_gpus=2), "num_gpus = 2 must be between 0 and 1"),
         (lambda: PoolConfig("mixed", tp=0), "tp = 0 must be at least 1"),
         (lambda: PoolConfig("vision", tp=2), r"tp \* dp = 2 \* 1 = 2 must be 1"),
+        (lambda: PoolConfig("mixed", eplb=EplbConfig(enabled=True)), r"eplb.enabled with tp \* dp = 1"),
+        (lambda: EplbConfig(interval_steps=0), "interval_steps = 0 must be at least 1"),
+        (lambda: EplbConfig(redundant_experts=-1), "redundant_experts = -1 must be at least 0"),
+        (lambda: EplbConfig(min_gain=1.5), "min_gain = 1.5 must be between 0 and 1"),
         (lambda: deployment(MIXED, name="a b"), "name = 'a b'"),
         (lambda: deployment(MIXED, path=""), "path is empty"),
         (lambda: deployment(), "cannot serve; add mixed, or prefill and decode"),
@@ -75,6 +80,12 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
 def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("is_on", "slots"), [(True, 2), (False, 0)])
+def test_slots_for_copies_of_experts_are_kept_only_where_experts_move(is_on: bool, slots: int) -> None:
+    pool = PoolConfig("mixed", tp=2, eplb=EplbConfig(enabled=is_on, redundant_experts=2))
+    assert pool.dims.redundant_experts == slots
 
 
 @pytest.mark.parametrize(

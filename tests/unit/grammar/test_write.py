@@ -93,6 +93,10 @@ OTHER = '<tool_call>\n{"name": "g\\"<", "arguments": {}}\n</tool_call>'
         (CALL, True, True),
         (OTHER, True, True),
         (f"{CALL}\n{OTHER}", False, True),
+        (f"\n\n{CALL}\n", True, True),  # as the chat template writes them
+        (f"\n\n{CALL}\n{OTHER}\n", False, True),
+        (f"\n\n\n{CALL}", False, False),
+        (f"{CALL}\n\n", False, False),
         (CALL.replace("3", '"3"'), False, False),
         (CALL.replace('"f"', '"h"'), False, False),
         ("", False, False),
@@ -103,6 +107,26 @@ def test_calls(text: str, is_one: bool, are_several: bool) -> None:
     tools: dict[str, Any] = {"f": PERSON, 'g"<': {"type": "object"}}
     assert accepts(write.grammar(write.calls_body(tools, at_most_one=True)), text) == is_one
     assert accepts(write.grammar(write.calls_body(tools, at_most_one=False)), text) == are_several
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"indent": "\t"}, {"separators": (",", ":")}])
+@given(st.recursive(st.integers(0, 9), lambda inner: st.lists(inner, max_size=2), max_leaves=4))
+def test_json_may_be_laid_out_as_people_do(layout: dict[str, Any], numbers: Any) -> None:
+    value = {"a": numbers, "b": {"c": [1, 2]}}
+    grammar = write.grammar(write.json_body({"type": "object"}))
+    assert accepts(grammar, json.dumps(value, **layout))
+
+
+def test_blanks_between_the_marks_come_to_an_end() -> None:
+    """A model in doubt takes a blank rather than the next mark, as often as it may."""
+    matcher, num_blanks = compiler().compile(write.grammar(write.json_body(PERSON))), 0
+    for mark in ("{", '"age"', ":", "1", "}"):
+        while blank := next((b for b in b"\n \t" if matcher.allowed()[b]), None):
+            matcher.consume([blank])
+            num_blanks += 1
+            assert num_blanks <= 5 * 25
+        matcher.consume(mark.encode())
+    assert matcher.is_finished
 
 
 @pytest.mark.parametrize("thought", ["", "hm", "a < b\n</think", "é</thin k>"])

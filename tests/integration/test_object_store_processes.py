@@ -1,0 +1,127 @@
+"""The object-store transport between two real actors of Ray: its laws, and either end killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
+from typing import Any
+
+import pytest
+import ray
+import ray.exceptions
+
+from ernie_cluster.actors.channels import Channels, Receivers, receive
+from ernie_cluster.actors.environment import local_cluster
+from ernie_cluster.actors.messages import NAMESPACE
+from ernie_cluster.config.cluster import TransportConfig
+from ernie_cluster.errors import ReplicaLost
+from ernie_cluster.transport.base import Channel, Message
+from ernie_cluster.transport.choose import Endpoint
+from tests.unit.transport.conformance import TIMEOUT_S, Connect, RecordingSink, TransportLaws, header, send
+
+ME = Endpoint("here", None, "prefill-0")
+PIECE_BYTES = 1 << 20
+NUM_PIECES = 40
+START_TIMEOUT_S = 120.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # no token file in the home of whoever runs the tests
+        with local_cluster():
+            ray.init(num_cpus=2, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+class Taker:
+    """A replica that takes pieces, and counts them."""
+
+    def __init__(self, name: str) -> None:
+        self.sink = RecordingSink()
+        self.receivers = Receivers(self.sink, name, TransportConfig(kind="object_store"))
+
+    async def endpoint(self) -> Endpoint:
+        return self.receivers.endpoint
+
+    async def deliver(self, message: Message, refs: list[Any]) -> Message:
+        return await receive(self.receivers, message, refs)
+
+    async def num_pieces(self) -> int:
+        return len(self.sink.pieces)
+
+
+class Giver:
+    """A replica that keeps a channel full until it is killed."""
+
+    async def give(self, peer: Endpoint) -> None:
+        channel = Channels(ME, "object_store").to(peer)
+        for piece in range(1_000_000):
+            send(channel, header(piece, PIECE_BYTES), bytes(PIECE_BYTES)).result(TIMEOUT_S)
+
+
+_takers: list[Any] = []
+
+
+def start(name: str) -> tuple[Any, Endpoint]:
+    """A taker, which lives until the module's end, and its endpoint."""
+    taker = ray.remote(Taker).options(name=name, num_cpus=0, max_concurrency=8).remote(name)
+    _takers.append(taker)  # an actor ends with its last handle
+    return taker, ray.get(taker.endpoint.remote(), timeout=START_TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def peer() -> Endpoint:
+    """Of a replica that lives as long as the module."""
+    return start("decode-laws")[1]
+
+
+class TestBetweenTwoActors(TransportLaws):
+    @pytest.fixture
+    def connect(self, peer: Endpoint) -> Iterator[Connect]:
+        with ExitStack() as stack:
+            channels = stack.enter_context(closing(Channels(ME, "object_store")))
+            channels.to(peer).call({"op": "seen"}, TIMEOUT_S).result(TIMEOUT_S)  # what an earlier test has sent
+            yield lambda: stack.enter_context(closing(Channels(ME, "object_store"))).to(peer)
+
+
+@pytest.fixture
+def channels() -> Iterator[Channels]:
+    with closing(Channels(ME, "object_store")) as channels:
+        yield channels
+
+
+def exchange(channel: Channel) -> None:
+    """A piece that arrives."""
+    send(channel, header(0, PIECE_BYTES), bytes(PIECE_BYTES)).result(TIMEOUT_S)
+
+
+def test_a_killed_receiver_fails_all_that_is_on_its_way_and_its_successor_is_found(channels: Channels) -> None:
+    taker, peer = start("decode-0")
+    channel = channels.to(peer)
+    exchange(channel)
+    sent: list[Future[None]] = [
+        send(channel, header(piece, PIECE_BYTES), bytes(PIECE_BYTES)) for piece in range(1, NUM_PIECES)
+    ]
+    ray.kill(taker)
+    ends = [future.exception(TIMEOUT_S) for future in sent]
+    assert isinstance(ends[-1], ReplicaLost), ends[-1]
+    with pytest.raises(ReplicaLost):
+        channel.call({}, TIMEOUT_S).result(TIMEOUT_S)
+
+    start("decode-0")  # the same name, another process
+    exchange(channels.to(peer))
+
+
+def test_a_killed_sender_keeps_nobody_from_the_receiver(channels: Channels) -> None:
+    taker, peer = start("decode-1")
+    giver = ray.remote(Giver).options(num_cpus=0).remote()
+    giving = giver.give.remote(peer)
+    while ray.get(taker.num_pieces.remote(), timeout=TIMEOUT_S) == 0:
+        pass
+    ray.kill(giver)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(giving, timeout=TIMEOUT_S)
+    exchange(channels.to(peer))
