@@ -202,8 +202,6 @@ def _is_servable(setting: Setting) -> bool:
 def _notes(report: Report) -> Iterable[str]:
     if report.num_idle:
         yield f"note: {report.num_idle} GPUs are left over: no further gang can be made of them"
-    if any(p.dims.tp > 1 for p in report.pools):
-        yield "note: `serve` of this version runs tp > 1 on CPU only; on GPUs it can be planned"
     if report.fits and not _is_servable(report.setting):
         yield "note: `serve` keeps KV in the weights' type, or in 8 bits; other types can be planned only"
 

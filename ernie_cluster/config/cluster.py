@@ -78,6 +78,9 @@ class EngineConfig:
     """CPU threads per rank; 0 = as many as the cores that the replica was given."""
     cuda_graphs: bool = True
     """Record decode steps as CUDA graphs, which takes seconds at the start; on GPUs only, in bfloat16, with dp = 1."""
+    kv_placement: Literal["auto", "shared", "split"] = "auto"
+    """Where `tp` ranks hold KV: shared = one memory with all heads, on the CPU of one host; split = each rank its own
+    heads; auto = split on GPUs, else shared."""
     max_model_len: int | None = None
     """Most tokens of one sequence, prompt and output together, at least 2; None = the model's own bound."""
 

@@ -5,6 +5,7 @@ Prefill and decode compare their layouts before the first hand-over. Knows no te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ernie_cluster.config.model import ModelConfig
@@ -57,6 +58,12 @@ class KVLayout:
     def num_tokens(self, cache_bytes: int) -> int:
         """Most tokens of one sequence in a cache of this size, whose first block no sequence gets; 0 if there is none."""
         return max(0, cache_bytes // self.block_bytes - 1) * self.block_size
+
+    @classmethod
+    def of_cache(cls, shape: Sequence[int], dtype_bytes: int) -> KVLayout:
+        """Layout of a cache [layers, 2, num_blocks, block_size, kv_heads, head_dim]."""
+        num_layers, _, _, block_size, num_kv_heads, head_dim = shape
+        return cls(num_layers, num_kv_heads, head_dim, block_size, dtype_bytes)
 
     @classmethod
     def from_model(cls, model: ModelConfig, block_size: int, dtype: str, tp: int = 1) -> KVLayout:

@@ -9,7 +9,9 @@ anybody steps.
 
 from __future__ import annotations
 
+import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import astuple, fields, replace
 from enum import IntEnum
@@ -22,6 +24,7 @@ from ernie_cluster.engine.balance import Balancer
 from ernie_cluster.model.group import ALONE, Group, Place
 from ernie_cluster.model.packing import make_step, open_step, packed_bytes
 from ernie_cluster.model.step import StepInput, StepMemory, StepShape
+from ernie_cluster.transport.base import Message
 
 BEAT_S = 5.0
 """Idle leaders say so this often, so that followers may take long silence for death."""
@@ -35,10 +38,12 @@ class Command(IntEnum):
     STOP = 2
     MOVE = 3
     """Experts change places; where to, `Balancer.follow` hears."""
+    NOTES = 4
+    """Something to know for the next step, see `Crew.note`."""
 
 
 class Crew:
-    """A leader's hold on the other ranks. Called on the engine's thread only.
+    """A leader's hold on the other ranks. Called on the engine's thread only, but for `note`.
 
     Args:
         place: of the leader; ALONE has nobody to lead, and every call is free.
@@ -51,11 +56,16 @@ class Crew:
     ) -> None:
         self._tp, self._dp, self._clock, self.balancer = place.tp, place.dp, clock, balancer
         self._last_said = clock()
+        self._notes: deque[Message] = deque()
 
     @property
     def has_peers(self) -> bool:
         """Whether other leaders may have work when this one has none."""
         return self._dp.size > 1
+
+    def note(self, note: Message) -> None:
+        """Say something to the followers with the next step; from any thread."""
+        self._notes.append(note)
 
     def open(self, step: StepInput) -> None:
         """A step of ours begins."""
@@ -102,6 +112,9 @@ class Crew:
     def _say(self, command: Command, step: StepInput | None = None) -> None:
         self._last_said = self._clock()
         if self._tp.size > 1:
+            if step is not None and self._notes:
+                announce(self._tp, Command.NOTES)
+                tell(self._tp, [self._notes.popleft() for _ in range(len(self._notes))])
             announce(self._tp, command, step)
 
 
@@ -156,3 +169,17 @@ def receive(group: Group, embed: Tensor) -> tuple[Command, StepInput | None]:
         embeds = group.spread(torch.empty(shape.num_media, embed.shape[1], dtype=embed.dtype, device=device))
     step = open_step(StepMemory(shape, host, host.to(device, non_blocking=True)), embeds)
     return Command.STEP, replace(step, logits_rows=step.logits_rows[:0])
+
+
+def tell(group: Group, notes: list[Message]) -> None:
+    """Give the followers what `hear` returns there."""
+    said = torch.frombuffer(bytearray(json.dumps(notes).encode()), dtype=torch.uint8)
+    group.spread(torch.tensor([len(said)]))
+    group.spread(said)
+
+
+def hear(group: Group) -> list[Message]:
+    """What the leader tells; raises GangBroken."""
+    size = group.spread(torch.zeros(1, dtype=torch.int64))
+    notes: list[Message] = json.loads(group.spread(torch.empty(int(size), dtype=torch.uint8)).numpy().tobytes())
+    return notes

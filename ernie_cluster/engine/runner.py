@@ -12,7 +12,7 @@ from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.quantization import Quantization
 from ernie_cluster.engine.balance import Balancer, Rule
 from ernie_cluster.engine.buckets import DecodeBuckets
-from ernie_cluster.engine.crew import Command, Crew, empty_step, receive
+from ernie_cluster.engine.crew import Command, Crew, empty_step, hear, receive
 from ernie_cluster.engine.graphs import GraphedDecoder, choose_graphs
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.engine.shared_kv import share_kv
@@ -23,6 +23,11 @@ from ernie_cluster.model.fill import no_progress
 from ernie_cluster.model.group import ALONE, Group, Place
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.model.weights import load_decoder
+from ernie_cluster.transport.base import Message
+
+
+def _nothing(notes: list[Message]) -> Callable[[int], None]:
+    return no_hook
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +54,7 @@ class Runner:
         place: Place = ALONE,
         quantization: Quantization | Literal["auto"] = "auto",
         kv_dtype: str = "auto",
+        shares_kv: bool = True,
         rule: Rule | None = None,
         max_graphed: int = 0,
         progress: Callable[[int, int], None] = no_progress,
@@ -72,7 +78,13 @@ class Runner:
             load_decoder(decoder, config, checkpoint, has_vision_experts=has_vision, progress=progress)
         decoder.connect(place)
         return cls.around(
-            decoder, num_blocks=num_blocks, block_size=block_size, place=place, rule=rule, max_graphed=max_graphed
+            decoder,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            place=place,
+            shares_kv=shares_kv,
+            rule=rule,
+            max_graphed=max_graphed,
         )
 
     @classmethod
@@ -83,12 +95,15 @@ class Runner:
         num_blocks: int,
         block_size: int,
         place: Place = ALONE,
+        shares_kv: bool = True,
         rule: Rule | None = None,
         max_graphed: int = 0,
     ) -> Runner:
-        """A loaded decoder and an empty cache on its device, of the type that its kernels know; ranks of one host share it.
+        """A loaded decoder and an empty cache on its device, of the type that its kernels know.
 
-        On a GPU decode steps of up to `max_graphed` sequences become CUDA graphs.
+        `shares_kv`: tensor-parallel ranks on the CPU of one host have one cache with all heads; else each has its own,
+        with the heads that it computes on, as on GPUs. There decode steps of up to `max_graphed` sequences become CUDA
+        graphs.
 
         Raises:
             ConfigError: the decoder's attention cannot take blocks of this size.
@@ -97,7 +112,7 @@ class Runner:
         c, weight = decoder.config, decoder.embed
         row, dtype = decoder.ops.pages.row(c.head_dim, weight.dtype)
         crew = Crew(place, balancer=Balancer(decoder, place, rule))
-        if place.tp.size > 1 and weight.device.type == "cpu":
+        if place.tp.size > 1 and weight.device.type == "cpu" and shares_kv:
             shape = (c.num_layers, 2, num_blocks, block_size, c.num_kv_heads, row)
             return cls(decoder, share_kv(place, shape, dtype), crew)
         num_kv_heads = len(decoder.shard.kv_heads(c.num_kv_heads))
@@ -140,8 +155,12 @@ class Runner:
         return True
 
     @torch.inference_mode()
-    def follow(self, tp: Group) -> None:
-        """Run what the leader of a tensor-parallel group announces, until it says stop; raises GangBroken."""
+    def follow(self, tp: Group, noted: Callable[[list[Message]], Callable[[int], None]] = _nothing) -> None:
+        """Run what the leader of a tensor-parallel group announces, until it says stop; raises GangBroken.
+
+        `noted` is told what the leader noted for a step, and gives what is to be called after each of its layers.
+        """
+        notes: list[Message] = []
         while True:
             command, step = receive(tp, self.decoder.embed)
             if command is Command.STOP:
@@ -149,8 +168,11 @@ class Runner:
             if command is Command.MOVE:
                 assert self.crew.balancer is not None
                 self.crew.balancer.follow(tp)
+            if command is Command.NOTES:
+                notes = hear(tp)
             if step is not None:
-                self._forward(step)
+                self._forward(step, noted(notes))
+                notes = []
 
     def _forward(self, step: StepInput, layer_done: Callable[[int], None] = no_hook) -> torch.Tensor:
         return (self.graphs or self.decoder)(step, self.kv, layer_done)

@@ -3,7 +3,8 @@
 tiny          vision, prefill, two decode replicas   the disaggregated way
 mixed         vision, mixed                          the same checkpoint without a hand-over
 small         mixed, 24 KV blocks of 16 tokens       to be over capacity soon
-gang          vision, prefill tp 2, decode dp 2      the same answers, experts on the move; --slow only
+gang          vision, prefill tp 2, decode dp 2      the same answers from ranks with KV heads of their own, experts on the
+                                                     move; --slow only
 ernie-pocket  vision, prefill, decode                the packaged model, where it is there: answers that can be right
 """
 
@@ -47,12 +48,13 @@ def build_config(
     engine = dataclasses.replace(
         tiny.engine, kv_cache_bytes=(SMALL_BLOCKS + 1) * block_bytes, max_model_len=2048, enable_prefix_cache=False
     )
+    split = dataclasses.replace(tiny.engine, kv_placement="split")
     return ClusterConfig(
         models=(
             dataclasses.replace(tiny, pools=pools),
             dataclasses.replace(mixed, name="mixed"),
             ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
-            *((dataclasses.replace(tiny, name="gang", pools=GANG_POOLS),) if has_gang else ()),
+            *((dataclasses.replace(tiny, name="gang", pools=GANG_POOLS, engine=split),) if has_gang else ()),
             *(PRESETS["pocket"](POCKET).models if is_packaged() else ()),
         ),
         api=ApiConfig(

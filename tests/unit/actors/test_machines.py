@@ -60,3 +60,35 @@ def test_start_checks_first(machines: list[dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="without GPUs need"):
         launch.start(config(num_gpus=0), said.append, timeout_s=1)
     assert said == []
+
+
+def gang(kv_placement: Any = "auto", **pool: Any) -> ClusterConfig:
+    engine = EngineConfig(kv_cache_bytes=GIB, kv_placement=kv_placement, block_size=256)
+    return ClusterConfig(models=(ModelDeployment("tiny", tiny.tiny_folder(), (PoolConfig("mixed", **pool),), engine),))
+
+
+@pytest.mark.parametrize("kv_placement", ["auto", "split"])
+def test_ranks_on_gpus_hold_their_own_kv(kv_placement: str) -> None:
+    launch.check(gang(kv_placement, tp=2, dp=2, num_gpus=1))
+
+
+@pytest.mark.parametrize("kv_placement", ["auto", "shared", "split"])
+def test_ranks_on_cpu_may_share_it(kv_placement: str) -> None:
+    launch.check(gang(kv_placement, tp=2))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            gang("shared", tp=2, num_gpus=1),
+            r"pool mixed: tp = 2 on GPUs with engine.kv_placement = shared; .*use split or auto",
+        ),
+        (gang(tp=2, num_gpus=0.5), r"tp \* dp = 2 ranks with num_gpus = 0\.5 each; .* set num_gpus to 1"),
+        (gang(dp=2, num_gpus=0.25), r"tp \* dp = 2 ranks with num_gpus = 0\.25 each"),
+        (gang(tp=4, num_gpus=1), r"num_kv_heads % tp = 2 % 4 = 2"),
+    ],
+)
+def test_what_ranks_cannot_do_on_gpus_is_refused(config: ClusterConfig, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        launch.check(config)

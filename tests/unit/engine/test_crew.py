@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.config.quantization import Quantization
-from ernie_cluster.engine.crew import Command, Crew, announce, receive
+from ernie_cluster.engine.crew import Command, Crew, announce, empty_step, hear, receive
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.model.build import build_decoder
@@ -22,6 +22,7 @@ from ernie_cluster.model.group import ALONE, Place
 from ernie_cluster.model.packing import make_step
 from ernie_cluster.model.step import KVCache, StepInput
 from ernie_cluster.model.weights import load_decoder
+from ernie_cluster.transport.base import Message
 from tests import tiny
 from tests.groups import together
 
@@ -129,6 +130,23 @@ def test_followers_get_the_very_step(num_tokens: int, num_rows: int, width: int,
             continue
         want, have = getattr(step, field.name), getattr(got, field.name)
         assert torch.equal(want, have) if isinstance(want, torch.Tensor) else want == have, field.name
+
+
+def test_followers_hear_before_a_step_what_was_noted_for_it() -> None:
+    notes: list[Message] = [{"push": ["a", 0, 3, [7, 5]]}, {"drop": ["ä", 1]}]
+
+    def work(place: Place) -> list[object]:
+        if place.shard.rank == 0:
+            crew = Crew(place)
+            for note in notes:
+                crew.note(note)
+            for _ in range(2):
+                crew.open(empty_step(tiny.CPU))
+            return []
+        embed = torch.empty(1, 1)
+        return [receive(place.tp, embed)[0], hear(place.tp), *(receive(place.tp, embed)[0] for _ in range(2))]
+
+    assert together(work, ParallelDims(2, 1))[1] == [Command.NOTES, notes, Command.STEP, Command.STEP]
 
 
 def test_an_idle_leader_beats() -> None:

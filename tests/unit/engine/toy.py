@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ernie_cluster.engine.crew import Crew
 from ernie_cluster.engine.engine import Outcome
-from ernie_cluster.engine.handover import EMBED_PIECE
 from ernie_cluster.engine.sampler import Sampled, SamplerRow
+from ernie_cluster.engine.slices import EMBED_PIECE
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.errors import ErnieClusterError, ReplicaLost, TransferFailed
 from ernie_cluster.model.decoder import no_hook
