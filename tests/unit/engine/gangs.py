@@ -114,14 +114,23 @@ class Gang:
         tp: its ranks.
         network: where they can be reached.
         shares_kv: whether they have one KV cache.
+        kv_dtype: see `EngineConfig`.
         settings: of the worker.
     """
 
     def __init__(
-        self, stack: ExitStack, role: Role, tp: int, network: Network, *, shares_kv: bool = False, **settings: object
+        self,
+        stack: ExitStack,
+        role: Role,
+        tp: int,
+        network: Network,
+        *,
+        shares_kv: bool = False,
+        kv_dtype: str = "auto",
+        **settings: object,
     ) -> None:
         self.network = network
-        self._role, self._shares_kv = role, shares_kv
+        self._role, self._shares_kv, self._kv_dtype = role, shares_kv, kv_dtype
         pattern, self.outcomes = tiny.make_worker(role, **settings)  # type: ignore[arg-type]
         self._settings, self._num_blocks = pattern.settings, pattern.pool.num_blocks
         self.kv_ranks = [f"{role}/{rank}" for rank in range(1 if shares_kv else tp)]
@@ -151,7 +160,7 @@ class Gang:
         torch.set_num_threads(1)
         rank, config = place.shard.tp_rank, tiny.tiny_config()
         with _loading:
-            decoder = _decoder(self._role, place.shard)
+            decoder = _decoder(self._role, place.shard, self._kv_dtype)
         decoder.connect(place)
         size = self._num_blocks, tiny.BLOCK_SIZE
         runner = Runner.around(decoder, num_blocks=size[0], block_size=size[1], place=place, shares_kv=self._shares_kv)
@@ -183,10 +192,10 @@ class Gang:
 
 
 @functools.cache
-def _decoder(role: Role, shard: Shard) -> Decoder:
+def _decoder(role: Role, shard: Shard, kv_dtype: str) -> Decoder:
     """A rank's; used by one gang at a time, since a role is played once at a time."""
     config = tiny.tiny_config()
-    decoder = build_decoder(config, role, dtype=torch.float32, device=tiny.CPU, shard=shard)
+    decoder = build_decoder(config, role, dtype=torch.float32, device=tiny.CPU, shard=shard, kv_dtype=kv_dtype)
     with Checkpoint(tiny.tiny_folder()) as checkpoint:
         load_decoder(decoder, config, checkpoint, has_vision_experts=role != "decode")
     return decoder

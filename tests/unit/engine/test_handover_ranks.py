@@ -103,6 +103,14 @@ def test_gangs_of_any_sizes_say_what_one_rank_says(expected: dict[str, list[int]
         assert road.run(requests()) == expected
 
 
+def test_so_do_gangs_whose_kv_is_in_8_bits() -> None:
+    said = []
+    for prefill, decode in ((1, 1), (2, 1), (1, 2), (2, 0)):
+        with Road(prefill, decode, kv_dtype="int8") as road:
+            said.append(road.run(requests()))
+    assert all(one == said[0] for one in said)
+
+
 @pytest.mark.parametrize(
     ("prefill", "decode", "kind"),
     [(2, 0, "local"), (0, 2, "shared_memory"), (2, 1, "shared_memory"), (2, 1, "nccl"), (1, 2, "nccl"), (1, 2, "ipc")],
