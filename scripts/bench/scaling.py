@@ -63,9 +63,13 @@ def work_s(answer: int) -> tuple[float, float]:
 
 
 def load_of(replicas: int, share: float, seconds: float) -> list[LoadPhase]:
-    """Short answers, long ones, short ones; each phase would take `share` of what all replicas can do together."""
+    """Short answers, long ones, short ones, as long as both kinds have the same time.
+
+    Every phase would take `share` of what all replicas can do together.
+    """
     return [
-        LoadPhase(seconds, share * replicas / sum(work_s(answer)), PROMPT, answer) for answer in (SHORT, LONG, SHORT)
+        LoadPhase(times * seconds, share * replicas / sum(work_s(answer)), PROMPT, answer)
+        for times, answer in ((1, SHORT), (2, LONG), (1, SHORT))
     ]
 
 
@@ -134,12 +138,12 @@ def summary(rows: Sequence[Row]) -> str:
 def drawn(results: Sequence[tuple[int, Result]], seconds: float) -> str:
     """SVG: the share of prefill replicas over time, one panel per size, phases shaded."""
     width, height, left, top = 640, 130, 60, 30
-    end_s = 3 * seconds
+    end_s = 4 * seconds
     parts: list[str] = []
     for i, (replicas, result) in enumerate(results):
         y0 = top + i * (height + 45)
-        shade = left + width / 3
-        parts.append(f'<rect x="{shade:.0f}" y="{y0}" width="{width / 3:.0f}" height="{height}" fill="#eee"/>')
+        shade = left + width / 4
+        parts.append(f'<rect x="{shade:.0f}" y="{y0}" width="{width / 2:.0f}" height="{height}" fill="#eee"/>')
         points = []
         for at_s, counts in result.counts:
             if at_s <= end_s:
@@ -161,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--replicas", type=int, nargs="+", default=[8, 64, 1000])
     parser.add_argument("--load", type=float, default=0.8, help="of what all replicas can do together")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of a phase; a half of it above 64 replicas")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of a phase; a half of it above 64 replicas")
     parser.add_argument("--queue-tokens", type=int, default=RouterConfig().max_queued_tokens)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)

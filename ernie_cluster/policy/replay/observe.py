@@ -18,7 +18,6 @@ class _Tally:
 
     requests: int = 0
     prompt_tokens: int = 0
-    output_tokens: int = 0
     pictures: int = 0
     media_tokens: int = 0
     ttft_s: list[float] = field(default_factory=list)
@@ -39,7 +38,6 @@ class Observer:
         tally = self._tallies[job.model]
         tally.requests += 1
         tally.prompt_tokens += job.prompt_tokens
-        tally.output_tokens += job.output_tokens
         tally.pictures += bool(job.media_tokens)
         tally.media_tokens += job.media_tokens
 
@@ -71,6 +69,7 @@ class Observer:
         if held or tally.requests or any(not r.is_drained for r in replicas):
             self._busy_s[name] = now_s
         running = sum(len(r.batch) for r in replicas)
+        emitted = sum(len(r.batch) / r.step_s() for r in replicas if r.batch)
         prompts, pictures, steps = Sums(), Sums(), Sums()
         for r in replicas:
             if r.samples.n:
@@ -93,7 +92,7 @@ class Observer:
                 _p90(tally.ttft_s),
                 prompts,
             ),
-            decode=StageStats(tally.requests / seconds, tally.output_tokens / seconds, 0.0, _p90(tally.tpot_s), steps),
+            decode=StageStats(tally.requests / seconds, emitted, 0.0, _p90(tally.tpot_s), steps),
             vision=StageStats(
                 tally.pictures / seconds,
                 tally.media_tokens / seconds,

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from ernie_cluster.config.scaling import ModelBounds, ScalingConfig
 from ernie_cluster.policy.scaling.actions import Action, ScaleToZero
-from ernie_cluster.policy.scaling.memory import Memory, ModelMemory, remembered
+from ernie_cluster.policy.scaling.memory import Memory, ModelMemory, corrected, remembered
 from ernie_cluster.policy.scaling.needs import Needs, needs_of
 from ernie_cluster.policy.scaling.resize import Ledger, free_gpus
-from ernie_cluster.policy.scaling.roles import switch_roles, switched
+from ernie_cluster.policy.scaling.roles import Split, is_measured, switch_roles, switched
 from ernie_cluster.policy.scaling.snapshot import ModelState, ScalingSnapshot
 from ernie_cluster.policy.scaling.units import Unit, is_asleep, units_of
 
@@ -45,10 +45,12 @@ def decide(snapshot: ScalingSnapshot, config: ScalingConfig, memory: Memory, now
     actions: list[Action] = []
     for name, state in states.items():
         bounds = known[name]
-        memories[name] = remembered(memory.of(name), state, bounds, config, dt_s)
+        memories[name] = remembered(memory.of(name), state, config, dt_s)
         needs[name] = needs_of(state, memories[name], bounds.targets)
         peaks[name] = needs_of(state, memories[name], bounds.targets, at_peak=True)
-        switch = switch_roles(state, memories[name], needs[name], bounds, config, now_s)
+        steady = needs_of(state, memories[name], bounds.targets, has_backlog=False)
+        memories[name] = _learnt(memories[name], state, steady, bounds, dt_s or 0.0)
+        switch = switch_roles(state, memories[name], steady, bounds, config, now_s)
         if switch is not None:
             actions.append(switch)
             states[name] = switched(state, switch)
@@ -81,6 +83,20 @@ def decide(snapshot: ScalingSnapshot, config: ScalingConfig, memory: Memory, now
         notes=tuple(ledger.notes),
         needs=tuple(needs.items()),
         memory=Memory(now_s, tuple(memories.items())),
+    )
+
+
+def _learnt(memory: ModelMemory, state: ModelState, needs: Needs, bounds: ModelBounds, dt_s: float) -> ModelMemory:
+    """Compare formula and measurement, where nothing changes and the formula sees nothing short."""
+    is_steady = all(r.phase in ("ready", "planned") for r in state.replicas)
+    split = Split.of(state)
+    if not (is_steady and is_measured(needs) and split.pressure(needs) <= 1):
+        return memory
+    targets = bounds.targets
+    return replace(
+        memory,
+        prefill=corrected(memory.prefill, state.prefill.latency_p90_s, targets.ttft_s, dt_s),
+        decode=corrected(memory.decode, state.decode.latency_p90_s, targets.tpot_s, dt_s),
     )
 
 

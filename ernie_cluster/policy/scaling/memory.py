@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ernie_cluster.config.scaling import ModelBounds, ScalingConfig
+from ernie_cluster.config.scaling import ScalingConfig
 from ernie_cluster.policy.scaling.snapshot import ModelState, StageStats, Sums
 
 _MAX_CORRECTION = 1.5
 _CORRECTION_S = 60.0
 """In which a stage that misses its target is taken to need about e times as much; up to `_MAX_CORRECTION`."""
 _FORGIVE_S = 1800.0
+_DECODE_SMOOTHING = 0.3
+"""Of the time constant: what decode emits is an average over the answers in progress already."""
 _EASY = 0.6
 """Of its target: below, a stage's correction fades."""
 
@@ -59,47 +61,46 @@ class Memory:
         return next((m for n, m in self.models if n == name), ModelMemory())
 
 
-def remembered(
-    memory: ModelMemory, state: ModelState, bounds: ModelBounds, config: ScalingConfig, dt_s: float | None
-) -> ModelMemory:
-    """Memory with one more look taken in.
+def remembered(memory: ModelMemory, state: ModelState, config: ScalingConfig, dt_s: float | None) -> ModelMemory:
+    """Memory with one more look taken in; what it corrects, `corrected` says.
 
     Args:
         dt_s: since the look before; None at the first.
     """
-    is_steady = all(r.phase in ("ready", "planned") for r in state.replicas)
     keep = 0.0 if dt_s is None else math.exp(-dt_s / config.smoothing_s)
     context = memory.context_tokens
     if state.context_tokens:
         context = state.context_tokens if not context else keep * context + (1 - keep) * state.context_tokens
 
-    def stage(old: StageMemory, stats: StageStats, target_s: float) -> StageMemory:
-        return _stage(old, stats, target_s if is_steady else None, config, dt_s)
-
     return replace(
         memory,
-        prefill=stage(memory.prefill, state.prefill, bounds.targets.ttft_s),
-        decode=stage(memory.decode, state.decode, bounds.targets.tpot_s),
-        vision=stage(memory.vision, state.vision, bounds.targets.queue_s),
+        prefill=_stage(memory.prefill, state.prefill, config, config.smoothing_s, dt_s),
+        decode=_stage(memory.decode, state.decode, config, config.smoothing_s * _DECODE_SMOOTHING, dt_s),
+        vision=_stage(memory.vision, state.vision, config, config.smoothing_s, dt_s),
         context_tokens=context,
     )
 
 
+def corrected(stage: StageMemory, latency_s: float | None, target_s: float, dt_s: float) -> StageMemory:
+    """Memory of a stage that should do well, after what was measured: too slow, and it is taken to need more."""
+    factor = stage.correction
+    if latency_s is not None and latency_s > target_s:
+        factor = min(_MAX_CORRECTION, factor * math.exp(dt_s / _CORRECTION_S))
+    elif latency_s is not None and latency_s < _EASY * target_s:
+        factor = 1 + (factor - 1) * math.exp(-dt_s / _FORGIVE_S)
+    return replace(stage, correction=factor)
+
+
 def _stage(
-    old: StageMemory, stats: StageStats, target_s: float | None, config: ScalingConfig, dt_s: float | None
+    old: StageMemory, stats: StageStats, config: ScalingConfig, smoothing_s: float, dt_s: float | None
 ) -> StageMemory:
     if dt_s is None:
         tokens = stats.tokens_per_s
         return StageMemory(stats.requests_per_s, tokens, tokens, stats.samples)
-    keep, keep_peak = math.exp(-dt_s / config.smoothing_s), math.exp(-dt_s / config.memory_s)
+    keep, keep_peak = math.exp(-dt_s / smoothing_s), math.exp(-dt_s / config.memory_s)
     tokens = keep * old.tokens_per_s + (1 - keep) * stats.tokens_per_s
     peak = max(tokens, keep_peak * old.peak_tokens_per_s + (1 - keep_peak) * tokens)
-    correction = old.correction
-    if stats.latency_p90_s is not None and target_s is not None:
-        if stats.latency_p90_s > target_s:
-            correction = min(_MAX_CORRECTION, correction * math.exp(dt_s / _CORRECTION_S))
-        elif stats.latency_p90_s < _EASY * target_s:
-            correction = 1 + (correction - 1) * math.exp(-dt_s / _FORGIVE_S)
     samples = old.samples.faded(math.exp(-dt_s / (2 * config.smoothing_s))) if stats.samples.n else old.samples
-    requests = keep * old.requests_per_s + (1 - keep) * stats.requests_per_s
-    return StageMemory(requests, tokens, peak, samples + stats.samples, correction)
+    keep_requests = math.exp(-dt_s / config.smoothing_s)
+    requests = keep_requests * old.requests_per_s + (1 - keep_requests) * stats.requests_per_s
+    return StageMemory(requests, tokens, peak, samples + stats.samples, old.correction)

@@ -38,14 +38,22 @@ class Needs:
     vision: float | None
 
 
-def needs_of(state: ModelState, memory: ModelMemory, targets: Targets, *, at_peak: bool = False) -> Needs:
-    """What a model needs now, or `at_peak`: what it needed lately."""
+def needs_of(
+    state: ModelState, memory: ModelMemory, targets: Targets, *, at_peak: bool = False, has_backlog: bool = True
+) -> Needs:
+    """What a model needs now.
+
+    Args:
+        at_peak: what it needed lately, instead.
+        has_backlog: also to catch up with what waits. Not where two stages share the same replicas: what one of them lost
+            is lost, and lending it what the other needs makes two late.
+    """
     encode_s = _usual_s(memory.vision)
     spent_s = encode_s if memory.vision.tokens_per_s else 0.0
     return Needs(
-        prefill=_queue_need(memory.prefill, state.prefill, targets, spent_s, at_peak),
+        prefill=_queue_need(memory.prefill, state.prefill, targets, spent_s, at_peak, has_backlog),
         decode=_decode_need(memory, state, targets, at_peak),
-        vision=_queue_need(memory.vision, state.vision, targets, _usual_s(memory.prefill), at_peak),
+        vision=_queue_need(memory.vision, state.vision, targets, _usual_s(memory.prefill), at_peak, has_backlog),
     )
 
 
@@ -93,7 +101,7 @@ def _usual_s(stage: StageMemory) -> float:
 
 
 def _queue_need(
-    stage: StageMemory, stats: StageStats, targets: Targets, elsewhere_s: float, at_peak: bool
+    stage: StageMemory, stats: StageStats, targets: Targets, elsewhere_s: float, at_peak: bool, has_backlog: bool
 ) -> float | None:
     """None where no service was measured.
 
@@ -112,7 +120,7 @@ def _queue_need(
     tokens_per_s = stage.peak_tokens_per_s if at_peak else stage.tokens_per_s
     seconds_per_token = service_s / mean_tokens
     load = tokens_per_s * seconds_per_token * stage.correction
-    late_s = stats.backlog_tokens * seconds_per_token
+    late_s = stats.backlog_tokens * seconds_per_token if has_backlog else 0.0
     steady = replicas_for_wait(load, service_s, sums.variation, wait_s)
     # What waits beyond that many replicas' fair queue is to be gone within a few targets' time.
     return steady + max(0.0, late_s - steady * targets.queue_s) / (4 * targets.queue_s)

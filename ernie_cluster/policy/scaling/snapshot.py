@@ -87,11 +87,12 @@ class StageStats:
     requests_per_s: float = 0.0
     """Offered, refused ones included."""
     tokens_per_s: float = 0.0
-    """Offered: of prompts that no cache holds (prefill), of answers (decode), of pictures (vision)."""
+    """prefill, vision: offered, of prompts that no cache holds or of pictures. decode: emitted, as nobody knows how long an
+    answer will be."""
     backlog_tokens: float = 0.0
     """Waiting now, on all replicas of the stage."""
     latency_p90_s: float | None = None
-    """Measured: TTFT (prefill), TPOT (decode), time of a picture with its queue (vision); None where nothing ended."""
+    """Measured: TTFT (prefill), TPOT (decode); None where nothing ended, and of vision, which is a part of TTFT."""
     samples: Sums = Sums()
     """prefill, vision: (tokens, seconds of computing) of each prompt or picture. decode: (KV tokens of the batch, seconds)
     of steps that held no prefill."""
