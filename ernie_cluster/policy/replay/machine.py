@@ -115,12 +115,15 @@ class SimReplica:
     @property
     def serves(self) -> bool:
         """Whether it takes new work."""
-        return self.phase == "ready"
+        return self.phase in ("ready", "switching")
 
     @property
     def is_drained(self) -> bool:
-        """Whether nothing is left of its former work."""
-        return not (self.queue or self.batch or self.leased_kv or self.queued_tokens > _EPSILON)
+        """Whether nothing is left to do, or while it switches, nothing of its former work."""
+        has_prompts, has_answers = bool(self.queue) or self.queued_tokens > _EPSILON, self.leased_kv > _EPSILON
+        if self.phase == "switching" and self.role != "mixed":
+            return not (has_answers if self.role == "prefill" else has_prompts)
+        return self.phase == "switching" or not (has_prompts or has_answers)
 
     @property
     def free_kv(self) -> float:

@@ -13,7 +13,10 @@ from ernie_cluster.config.scaling import PoolRole
 
 @dataclass(frozen=True, slots=True)
 class SwitchRole:
-    """No new work of the old role to these replicas; once they have finished what they hold of it, work of the new one."""
+    """From now on these replicas get work of the new role and none of the old; what they hold of it they finish beside.
+
+    (An engine can do both. To let it run dry first would cost the capacity of whole answers, when it is short.)
+    """
 
     model: str
     replica_ids: tuple[str, ...]

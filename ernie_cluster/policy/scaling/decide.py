@@ -49,7 +49,7 @@ def decide(snapshot: ScalingSnapshot, config: ScalingConfig, memory: Memory, now
         needs[name] = needs_of(state, memories[name], bounds.targets)
         peaks[name] = needs_of(state, memories[name], bounds.targets, at_peak=True)
         steady = needs_of(state, memories[name], bounds.targets, has_backlog=False)
-        memories[name] = _learnt(memories[name], state, steady, bounds, dt_s or 0.0)
+        memories[name] = _learnt(memories[name], state, needs[name], bounds, dt_s or 0.0)
         switch = switch_roles(state, memories[name], steady, bounds, config, now_s)
         if switch is not None:
             actions.append(switch)

@@ -9,11 +9,15 @@ from ernie_cluster.config.scaling import ScalingConfig
 from ernie_cluster.policy.scaling.snapshot import ModelState, StageStats, Sums
 
 _MAX_CORRECTION = 1.5
-_CORRECTION_S = 60.0
+_CORRECTION_S = 120.0
 """In which a stage that misses its target is taken to need about e times as much; up to `_MAX_CORRECTION`."""
 _FORGIVE_S = 1800.0
 _DECODE_SMOOTHING = 0.3
 """Of the time constant: what decode emits is an average over the answers in progress already."""
+_NOISE = 0.05
+"""Relative error of the averaged demand that is good enough: with many requests a short time gives it."""
+_LEAST_SMOOTHING = 0.2
+"""Of the time constant, however many requests there are."""
 _EASY = 0.6
 """Of its target: below, a stage's correction fades."""
 
@@ -26,6 +30,8 @@ class StageMemory:
     tokens_per_s: float = 0.0
     peak_tokens_per_s: float = 0.0
     """At least `tokens_per_s`; falls slowly."""
+    smoothing_s: float = 1.0
+    """Over which the last average was taken."""
     samples: Sums = Sums()
     correction: float = 1.0
     """Learned: how much more this stage needs than the formula says, 1 to 1.5."""
@@ -67,11 +73,10 @@ def remembered(memory: ModelMemory, state: ModelState, config: ScalingConfig, dt
     Args:
         dt_s: since the look before; None at the first.
     """
-    keep = 0.0 if dt_s is None else math.exp(-dt_s / config.smoothing_s)
     context = memory.context_tokens
     if state.context_tokens:
-        context = state.context_tokens if not context else keep * context + (1 - keep) * state.context_tokens
-
+        periods = math.inf if not context or dt_s is None else dt_s / config.smoothing_s
+        context = _mean(context, state.context_tokens, periods)
     return replace(
         memory,
         prefill=_stage(memory.prefill, state.prefill, config, config.smoothing_s, dt_s),
@@ -92,15 +97,26 @@ def corrected(stage: StageMemory, latency_s: float | None, target_s: float, dt_s
 
 
 def _stage(
-    old: StageMemory, stats: StageStats, config: ScalingConfig, smoothing_s: float, dt_s: float | None
+    old: StageMemory, stats: StageStats, config: ScalingConfig, most_s: float, dt_s: float | None
 ) -> StageMemory:
+    """One more look at a stage, averaged over at most `most_s`."""
     if dt_s is None:
         tokens = stats.tokens_per_s
-        return StageMemory(stats.requests_per_s, tokens, tokens, stats.samples)
-    keep, keep_peak = math.exp(-dt_s / smoothing_s), math.exp(-dt_s / config.memory_s)
-    tokens = keep * old.tokens_per_s + (1 - keep) * stats.tokens_per_s
-    peak = max(tokens, keep_peak * old.peak_tokens_per_s + (1 - keep_peak) * tokens)
-    samples = old.samples.faded(math.exp(-dt_s / (2 * config.smoothing_s))) if stats.samples.n else old.samples
-    keep_requests = math.exp(-dt_s / config.smoothing_s)
-    requests = keep_requests * old.requests_per_s + (1 - keep_requests) * stats.requests_per_s
-    return StageMemory(requests, tokens, peak, samples + stats.samples, old.correction)
+        return StageMemory(stats.requests_per_s, tokens, tokens, most_s, stats.samples)
+    enough_s = (1 + old.samples.variation) / (2 * _NOISE**2 * old.requests_per_s) if old.requests_per_s else most_s
+    smoothing_s = min(most_s, max(enough_s, _LEAST_SMOOTHING * config.smoothing_s))
+    tokens = _mean(old.tokens_per_s, stats.tokens_per_s, dt_s / smoothing_s)
+    return StageMemory(
+        requests_per_s=_mean(old.requests_per_s, stats.requests_per_s, dt_s / config.smoothing_s),
+        tokens_per_s=tokens,
+        peak_tokens_per_s=max(tokens, _mean(old.peak_tokens_per_s, tokens, dt_s / config.memory_s)),
+        smoothing_s=smoothing_s,
+        samples=old.samples.faded(math.exp(-dt_s / (2 * config.smoothing_s)) if stats.samples.n else 1) + stats.samples,
+        correction=old.correction,
+    )
+
+
+def _mean(old: float, new: float, periods: float) -> float:
+    """Average that forgets a fraction of 1 - 1/e per period."""
+    keep = math.exp(-periods)
+    return keep * old + (1 - keep) * new

@@ -90,9 +90,9 @@ def replicas_for_wait(load: float, service_s: float, variation: float, wait_s: f
     return high
 
 
-def noise_of(memory: StageMemory, smoothing_s: float) -> float:
+def noise_of(memory: StageMemory) -> float:
     """Relative error of a stage's averaged demand: about one over the root of the requests in it."""
-    count = 2 * smoothing_s * memory.requests_per_s
+    count = 2 * memory.smoothing_s * memory.requests_per_s
     return math.sqrt((1 + memory.samples.variation) / count) if count > 1 else 1.0
 
 

@@ -104,8 +104,7 @@ def switch_roles(
     if best is None or best == now:
         return None
     before, after = now.pressure(needs), best.pressure(needs)
-    noise = max(noise_of(memory.prefill, config.smoothing_s), noise_of(memory.decode, config.smoothing_s))
-    band = min(_MAX_BAND, max(config.margin, _NOISE * noise))
+    band = min(_MAX_BAND, max(config.margin, _NOISE * noise_of(memory.prefill)))
     if before <= max(_EASY, after * (1 + band)):
         return None
     surplus = {role: now.counts()[role] - best.counts()[role] for role in ENGINE_ROLES}

@@ -8,8 +8,8 @@ from typing import Literal
 from ernie_cluster.config.scaling import PoolRole
 
 Phase = Literal["planned", "starting", "ready", "switching", "draining"]
-"""planned: waits for the GPUs of a move, holds none yet. starting: holds GPUs, takes no work yet. switching: finishes the
-work of its former role; `role` is the new one. draining: finishes its work, then stops; counts for nothing but its GPUs."""
+"""planned: waits for the GPUs of a move, holds none yet. starting: holds GPUs, takes no work yet. switching: gets work of
+`role`, and finishes that of its former one beside. draining: finishes its work, then stops; counts for nothing but its GPUs."""
 
 ENGINE_ROLES: tuple[PoolRole, ...] = ("prefill", "decode", "mixed")
 
