@@ -135,12 +135,12 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
-def drawn(results: Sequence[tuple[int, Result]], seconds: float) -> str:
+def drawn(results: Sequence[tuple[int, float, Result]]) -> str:
     """SVG: the share of prefill replicas over time, one panel per size, phases shaded."""
     width, height, left, top = 640, 130, 60, 30
-    end_s = 4 * seconds
     parts: list[str] = []
-    for i, (replicas, result) in enumerate(results):
+    for i, (replicas, seconds, result) in enumerate(results):
+        end_s = 4 * seconds
         y0 = top + i * (height + 45)
         shade = left + width / 4
         parts.append(f'<rect x="{shade:.0f}" y="{y0}" width="{width / 2:.0f}" height="{height}" fill="#eee"/>')
@@ -164,21 +164,21 @@ def drawn(results: Sequence[tuple[int, Result]], seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--replicas", type=int, nargs="+", default=[8, 64, 1000])
-    parser.add_argument("--load", type=float, default=0.8, help="of what all replicas can do together")
-    parser.add_argument("--seconds", type=float, default=90.0, help="of a phase; a half of it above 64 replicas")
+    parser.add_argument("--load", type=float, default=0.9, help="of what all replicas can do together")
+    parser.add_argument("--seconds", type=float, help="of the first phase; 240 up to 8 replicas, 90 up to 64, else 45")
     parser.add_argument("--queue-tokens", type=int, default=RouterConfig().max_queued_tokens)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()
     limits = RouterConfig(max_queued_tokens=args.queue_tokens)
     rows: list[Row] = []
-    results: list[tuple[int, Result]] = []
+    results: list[tuple[int, float, Result]] = []
     lines: list[str] = []
     for replicas in args.replicas:
-        seconds = args.seconds if replicas <= 64 else args.seconds / 2
+        seconds = args.seconds or (240.0 if replicas <= 8 else 90.0 if replicas <= 64 else 45.0)
         found, result = measure(replicas, limits, args.load, seconds)
         rows += found
-        results.append((replicas, result))
+        results.append((replicas, seconds, result))
         lines.append(summary(found))
     print("\n| replicas | requests | switching | best fixed split | ratio | all mixed | replicas switched |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -186,7 +186,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     if args.svg:
-        args.svg.write_text(drawn(results, args.seconds))
+        args.svg.write_text(drawn(results))
 
 
 if __name__ == "__main__":

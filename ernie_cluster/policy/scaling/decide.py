@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from ernie_cluster.config.scaling import ModelBounds, ScalingConfig
 from ernie_cluster.policy.scaling.actions import Action, ScaleToZero
 from ernie_cluster.policy.scaling.memory import Memory, ModelMemory, corrected, remembered
-from ernie_cluster.policy.scaling.needs import Needs, needs_of
+from ernie_cluster.policy.scaling.needs import Needs, needs_of, role_needs
 from ernie_cluster.policy.scaling.resize import Ledger, free_gpus
 from ernie_cluster.policy.scaling.roles import Split, is_measured, switch_roles, switched
 from ernie_cluster.policy.scaling.snapshot import ModelState, ScalingSnapshot
@@ -48,9 +48,10 @@ def decide(snapshot: ScalingSnapshot, config: ScalingConfig, memory: Memory, now
         memories[name] = remembered(memory.of(name), state, config, dt_s)
         needs[name] = needs_of(state, memories[name], bounds.targets)
         peaks[name] = needs_of(state, memories[name], bounds.targets, at_peak=True)
-        steady = needs_of(state, memories[name], bounds.targets, has_backlog=False)
         memories[name] = _learnt(memories[name], state, needs[name], bounds, dt_s or 0.0)
-        switch = switch_roles(state, memories[name], steady, bounds, config, now_s)
+        switch = switch_roles(
+            state, memories[name], role_needs(state, memories[name], bounds.targets), bounds, config, now_s
+        )
         if switch is not None:
             actions.append(switch)
             states[name] = switched(state, switch)

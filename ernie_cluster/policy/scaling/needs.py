@@ -11,7 +11,7 @@ does memory; by Little's law the answers in progress are tokens per second * TPO
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ernie_cluster.config.scaling import Targets
 from ernie_cluster.policy.scaling.memory import ModelMemory, StageMemory
@@ -25,6 +25,8 @@ _TPOT_ROOM = 0.95
 """Of the target: load does not spread evenly."""
 _P90 = 1.2816
 """Standard deviations from a normal mean to its ninth decile."""
+NOISE = 1.5
+"""Standard deviations of the measured demand that may be noise."""
 _LEAST_WAIT = 0.05
 """Of the target, where computing alone takes all of it: no number of replicas helps, but queues still hurt."""
 
@@ -45,8 +47,7 @@ def needs_of(
 
     Args:
         at_peak: what it needed lately, instead.
-        has_backlog: also to catch up with what waits. Not where two stages share the same replicas: what one of them lost
-            is lost, and lending it what the other needs makes two late.
+        has_backlog: also to catch up with what waits.
     """
     encode_s = _usual_s(memory.vision)
     spent_s = encode_s if memory.vision.tokens_per_s else 0.0
@@ -55,6 +56,20 @@ def needs_of(
         decode=_decode_need(memory, state, targets, at_peak),
         vision=_queue_need(memory.vision, state.vision, targets, _usual_s(memory.prefill), at_peak, has_backlog),
     )
+
+
+def role_needs(state: ModelState, memory: ModelMemory, targets: Targets) -> Needs:
+    """What the stages need that share the same replicas.
+
+    What waits counts as far as it shows that the average of the demand is too low, within its error, and no further: what
+    a stage has lost is lost, and lending it what the other needs makes both late.
+    """
+    steady = needs_of(state, memory, targets, has_backlog=False)
+    full = needs_of(state, memory, targets)
+    if steady.prefill is None or full.prefill is None:
+        return steady
+    most = steady.prefill * (1 + NOISE * noise_of(memory.prefill))
+    return replace(steady, prefill=min(full.prefill, most))
 
 
 def wait_p90_s(replicas: float, load: float, service_s: float, variation: float) -> float:

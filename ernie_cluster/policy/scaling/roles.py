@@ -13,14 +13,12 @@ from dataclasses import dataclass, replace
 from ernie_cluster.config.scaling import ModelBounds, PoolRole, ScalingConfig
 from ernie_cluster.policy.scaling.actions import SwitchRole
 from ernie_cluster.policy.scaling.memory import ModelMemory
-from ernie_cluster.policy.scaling.needs import Needs, noise_of
+from ernie_cluster.policy.scaling.needs import NOISE, Needs, noise_of
 from ernie_cluster.policy.scaling.snapshot import ENGINE_ROLES, ModelState, ReplicaState
 
 MIXED_WORTH = 0.8
 _EASY = 0.9
 """Pressure at which nothing has to change."""
-_NOISE = 1.5
-"""Standard deviations of the measured demand that a gain must exceed."""
 _MAX_BAND = 0.5
 
 
@@ -104,7 +102,7 @@ def switch_roles(
     if best is None or best == now:
         return None
     before, after = now.pressure(needs), best.pressure(needs)
-    band = min(_MAX_BAND, max(config.margin, _NOISE * noise_of(memory.prefill)))
+    band = min(_MAX_BAND, max(config.margin, NOISE * noise_of(memory.prefill)))
     if before <= max(_EASY, after * (1 + band)):
         return None
     surplus = {role: now.counts()[role] - best.counts()[role] for role in ENGINE_ROLES}
