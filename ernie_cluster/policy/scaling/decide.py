@@ -15,7 +15,7 @@ from ernie_cluster.policy.scaling.needs import Needs, needs_of, role_needs
 from ernie_cluster.policy.scaling.resize import Ledger, free_gpus
 from ernie_cluster.policy.scaling.roles import Split, is_measured, switch_roles, switched
 from ernie_cluster.policy.scaling.snapshot import ModelState, ScalingSnapshot
-from ernie_cluster.policy.scaling.units import Unit, is_asleep, units_of
+from ernie_cluster.policy.scaling.units import GROW_AT, Unit, is_asleep, units_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _learnt(memory: ModelMemory, state: ModelState, needs: Needs, bounds: ModelB
     """Compare formula and measurement, where nothing changes and the formula sees nothing short."""
     is_steady = all(r.phase in ("ready", "planned") for r in state.replicas)
     split = Split.of(state)
-    if not (is_steady and is_measured(needs) and split.pressure(needs) <= 1):
+    if not (is_steady and is_measured(needs) and split.pressure(needs) <= GROW_AT):
         return memory
     targets = bounds.targets
     return replace(
