@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from ernie_cluster.config.scaling import ModelBounds, PoolRole, ScalingConfig
 from ernie_cluster.policy.scaling.actions import Action, MoveGpus, ScaleIn, ScaleOut, Stop, WakeUp
 from ernie_cluster.policy.scaling.needs import Needs
-from ernie_cluster.policy.scaling.roles import idlest
+from ernie_cluster.policy.scaling.roles import best_split, idlest, is_measured
 from ernie_cluster.policy.scaling.snapshot import ENGINE_ROLES, ModelState, ReplicaState, ScalingSnapshot
 from ernie_cluster.policy.scaling.units import Unit
 
@@ -137,9 +137,9 @@ class Ledger:
             if left < donor.keep:
                 return []
         else:
-            after = donor.need / left if left else math.inf
+            after = self._pressure_with(donor, left)
             is_settled = self.settled[donor.model] and (self.settled[unit.model] or math.isinf(unit.pressure))
-            if not is_settled or unit.pressure <= after * _FAIR:
+            if not is_settled or self._pressure_with(unit, unit.have) <= after * _FAIR:
                 return []
         before = self.states[donor.model]
         stops = self._spare(donor, count)
@@ -174,6 +174,15 @@ class Ledger:
         return bool(state.count("mixed") - (role == "mixed")) or (
             role == "mixed" and bool(state.count("prefill") and state.count("decode"))
         )
+
+    def _pressure_with(self, unit: Unit, count: int) -> float:
+        """Of a unit with so many replicas in their best split: the same measure for who gives and who gets, so that what
+        was moved is not moved back."""
+        needs = self.needs[unit.model]
+        if unit.is_vision:
+            return unit.need / count if count else math.inf
+        split = best_split(count, needs, self._bounds(unit.model)) if is_measured(needs) else None
+        return split.pressure(needs) if split else unit.pressure if count >= unit.have else math.inf
 
     def _pressure_of(self, state: ModelState, role: PoolRole) -> float:
         needs = self.needs[state.name]

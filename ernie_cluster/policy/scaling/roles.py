@@ -73,14 +73,21 @@ def best_split(total: int, needs: Needs, bounds: ModelBounds) -> Split | None:
 
 
 def replicas_for(needs: Needs, bounds: ModelBounds, pressure: float) -> int:
-    """Fewest engine replicas whose best split has at most this pressure; as many as the bounds allow if none does."""
+    """Fewest engine replicas whose best split has at most this pressure; what a role may not have is not asked for."""
     assert needs.prefill is not None
     assert needs.decode is not None
     most = sum(p.max_replicas for role in ENGINE_ROLES if (p := bounds.pool(role)))
-    total = max(fewest(bounds), min(most, math.ceil((needs.prefill + needs.decode) / pressure - 1e-9)))
+    prefill, decode = bounds.pool("prefill"), bounds.pool("decode")
+    worth = MIXED_WORTH
+    if prefill and decode:
+        capped = (min(needs.prefill, pressure * prefill.max_replicas), min(needs.decode, pressure * decode.max_replicas))
+        needs, worth = Needs(*capped, needs.vision), 1.0
+    assert needs.prefill is not None
+    assert needs.decode is not None
+    total = max(fewest(bounds), math.ceil((needs.prefill + needs.decode) / (pressure * worth) - 1e-9))
     while total < most:
         split = best_split(total, needs, bounds)
-        if split is not None and split.pressure(needs) <= pressure:
+        if split is not None and split.pressure(needs) <= pressure + 1e-9:
             return total
         total += 1
     return most
@@ -148,7 +155,8 @@ def _splits(total: int, needs: Needs, bounds: ModelBounds) -> Iterator[Split]:
         if rest < 0 or num_mixed > (mixed.max_replicas if mixed else 0):
             continue
         low, high = _prefill_range(rest, bounds)
-        share = needs.prefill / (needs.prefill + needs.decode) if needs.prefill and needs.decode else 0.5
+        both = (needs.prefill or 0.0) + (needs.decode or 0.0)
+        share = (needs.prefill or 0.0) / both if both else 0.5
         around = math.floor(rest * share)
         for p in {min(max(p, low), high) for p in (around - 1, around, around + 1, around + 2)}:
             if 0 <= p <= rest:

@@ -155,7 +155,7 @@ def test_encoders_follow_their_own_queue() -> None:
 def test_a_slow_stage_is_learnt() -> None:
     """The formula says that all is well, the clients do not: after a while more is asked for."""
     limits = config(bounds("m", SPLIT), total_gpus=20)
-    state = loaded("m", replicas(prefill=2, decode=2), 1.2, 1.2)
+    state = loaded("m", replicas(prefill=2, decode=2), 1.2, 1.6)
     slow = replace(state, decode=replace(state.decode, latency_p90_s=0.2))
     assert run({"m": state}, limits, 90)[1] == []
     assert any(isinstance(a, ScaleOut) for _, a in run({"m": slow}, limits, 90)[1])
