@@ -80,7 +80,10 @@ def replicas_for(needs: Needs, bounds: ModelBounds, pressure: float) -> int:
     prefill, decode = bounds.pool("prefill"), bounds.pool("decode")
     worth = MIXED_WORTH
     if prefill and decode:
-        capped = (min(needs.prefill, pressure * prefill.max_replicas), min(needs.decode, pressure * decode.max_replicas))
+        capped = (
+            min(needs.prefill, pressure * prefill.max_replicas),
+            min(needs.decode, pressure * decode.max_replicas),
+        )
         needs, worth = Needs(*capped, needs.vision), 1.0
     assert needs.prefill is not None
     assert needs.decode is not None
