@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
 from ernie_cluster.config.cluster import RouterConfig
@@ -77,12 +78,8 @@ class LeastLoaded:
         return encoder, prefill, decode
 
 
-def _queued(replica: SimReplica) -> float:
-    return replica.queued_tokens
-
-
-def _leased(replica: SimReplica) -> float:
-    return replica.leased_kv
+_queued = attrgetter("queued_tokens")
+_leased = attrgetter("leased_kv")
 
 
 def _snapshot(replica: SimReplica) -> ReplicaSnapshot:
