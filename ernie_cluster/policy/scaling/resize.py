@@ -7,14 +7,15 @@ needs clearly less, so that everybody's shortage comes out alike and no model st
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from ernie_cluster.config.scaling import ModelBounds, PoolRole, ScalingConfig
 from ernie_cluster.policy.scaling.actions import Action, MoveGpus, ScaleIn, ScaleOut, Stop, WakeUp
 from ernie_cluster.policy.scaling.needs import Needs
-from ernie_cluster.policy.scaling.roles import best_split, idlest, is_measured
+from ernie_cluster.policy.scaling.roles import Split, best_split, idlest, is_measured
 from ernie_cluster.policy.scaling.snapshot import ENGINE_ROLES, ModelState, ReplicaState, ScalingSnapshot
-from ernie_cluster.policy.scaling.units import Unit
+from ernie_cluster.policy.scaling.units import Unit, next_role
 
 _FAIR = 1.25
 """How much higher the pressure of who gets must be, after the move, than that of who gives without having to spare."""
@@ -99,9 +100,20 @@ class Ledger:
             reason = (
                 f"need {unit.need:.2f}, have {unit.have}: pressure {unit.pressure:.2f}; {self.free:g} GPUs are free"
             )
-            self.actions.append(ScaleOut(unit.model, unit.role, count, reason))
+            roles = Counter(self._begin(unit) for _ in range(count))
+            self.actions += [ScaleOut(unit.model, role, n, reason) for role, n in roles.items()]
             self.free -= count * unit.gpus
         return missing - count
+
+    def _begin(self, unit: Unit) -> PoolRole:
+        """Role of one more replica, which counts from now on."""
+        state = self.states[unit.model]
+        role: PoolRole = "vision"
+        if not unit.is_vision:
+            role = next_role(Split.of(state), self._bounds(unit.model), self.needs[unit.model])
+        begun = ReplicaState(f"begun-{len(state.replicas)}", role, unit.gpus, "switching")
+        self.states[unit.model] = replace(state, replicas=(*state.replicas, begun))
+        return role
 
     def _move(self, unit: Unit, missing: int, *, is_fair: bool) -> int:
         """Take from others; what is missing still."""
@@ -113,7 +125,7 @@ class Ledger:
                     + ("less short" if is_fair else f"{donor.keep} would do")
                 )
                 ids = tuple(Stop(donor.model, r.replica_id) for r in stops)
-                self.actions.append(MoveGpus(ids, unit.model, unit.role, reason))
+                self.actions.append(MoveGpus(ids, unit.model, self._begin(unit), reason))
                 given = math.fsum(r.gpus for r in stops)
                 self.free -= max(0.0, unit.gpus - given)
                 self.moved |= {donor.model, unit.model}

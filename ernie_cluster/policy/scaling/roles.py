@@ -133,11 +133,13 @@ def switch_roles(
 
 def switched(state: ModelState, action: SwitchRole) -> ModelState:
     """The model as it will be."""
-    ids = set(action.replica_ids)
-    return replace(
-        state,
-        replicas=tuple(replace(r, role=action.target) if r.replica_id in ids else r for r in state.replicas),
-    )
+
+    def after(replica: ReplicaState) -> ReplicaState:
+        if replica.replica_id not in action.replica_ids:
+            return replica
+        return replace(replica, role=action.target, phase="switching" if replica.phase == "ready" else replica.phase)
+
+    return replace(state, replicas=tuple(map(after, state.replicas)))
 
 
 def idlest(state: ModelState, role: PoolRole) -> list[ReplicaState]:

@@ -35,8 +35,6 @@ class Unit:
     """Need over what there is; infinite where requests wait and cannot be served."""
     need: float
     """Replicas, as a real number."""
-    role: PoolRole
-    """Of the next one."""
     gpus: float
     """Of the next one."""
 
@@ -69,9 +67,7 @@ def units_of(state: ModelState, bounds: ModelBounds, now: Needs, peak: Needs) ->
         least = max(pool.min_replicas, min(1, pool.max_replicas) if bounds.floor or is_seeing else 0)
         want, keep = (min(max(n, least), pool.max_replicas) for n in (want, keep))
         pressure = math.inf if is_seeing and not have else (need or 0.0) / max(have, 1)
-        units.append(
-            Unit(state.name, True, have, want, max(keep, want), least, pressure, need or 0.0, "vision", pool.gpus)
-        )
+        units.append(Unit(state.name, True, have, want, max(keep, want), least, pressure, need or 0.0, pool.gpus))
     return units
 
 
@@ -79,7 +75,7 @@ def _engines(state: ModelState, bounds: ModelBounds, now: Needs, peak: Needs) ->
     split = Split.of(state)
     least = fewest(bounds)
     most = sum(p.max_replicas for role in ENGINE_ROLES if (p := bounds.pool(role)))
-    role = _next_role(split, bounds, now)
+    role = next_role(split, bounds, now)
     pool = bounds.pool(role)
     assert pool is not None
     if is_measured(now) and is_measured(peak):
@@ -89,11 +85,11 @@ def _engines(state: ModelState, bounds: ModelBounds, now: Needs, peak: Needs) ->
         want = keep = max(split.total, least)
         need, pressure = float(split.total), 1.0 if split.serves else math.inf
     want, keep = (min(max(n, least), most) for n in (want, keep))
-    return Unit(state.name, False, split.total, want, max(keep, want), least, pressure, need, role, pool.gpus)
+    return Unit(state.name, False, split.total, want, max(keep, want), least, pressure, need, pool.gpus)
 
 
-def _next_role(split: Split, bounds: ModelBounds, needs: Needs) -> PoolRole:
-    """Of the engine replica that would help most."""
+def next_role(split: Split, bounds: ModelBounds, needs: Needs) -> PoolRole:
+    """Of the next engine replica: the one that would help most."""
     counts = split.counts()
     able = [r for r in ENGINE_ROLES if (p := bounds.pool(r)) and counts[r] < p.max_replicas]
     for role in able:

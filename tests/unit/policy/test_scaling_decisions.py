@@ -78,8 +78,10 @@ def test_what_cannot_be_had_is_noted() -> None:
 def test_starting_replicas_count() -> None:
     limits = config(bounds("m", SPLIT), total_gpus=20)
     state = loaded("m", replicas(prefill=2, decode=2), 4.0, 4.0)
-    (out,) = actions_of(limits, state)
-    assert isinstance(out, ScaleOut)
+    assert {(a.role, a.count) for a in actions_of(limits, state) if isinstance(a, ScaleOut)} == {
+        ("prefill", 3),
+        ("decode", 3),
+    }
     coming = tuple(replace(r, phase="starting") for r in replicas(prefill=4, decode=4))
     assert actions_of(limits, replace(state, replicas=(*state.replicas, *coming))) == ()
 
@@ -136,6 +138,14 @@ def test_who_sleeps_is_woken_with_the_gpus_of_who_has_less_need() -> None:
     )
     assert isinstance(action, MoveGpus)
     assert (action.model, action.role, len(action.stops)) == ("b", "mixed", 1)
+
+
+def test_who_sleeps_is_woken_whole_even_where_a_role_is_missing() -> None:
+    """Two moves, and nothing measured of the model yet."""
+    limits = config(bounds("a", SPLIT), bounds("b", SPLIT, floor=0, idle_to_zero_s=30.0), total_gpus=6)
+    busy = loaded("a", replicas(prefill=3, decode=3), 0.5, 0.5)
+    woken, _, _ = run({"a": busy, "b": ModelState("b", (), num_held=3)}, limits, 30)
+    assert (woken["b"].count("prefill"), woken["b"].count("decode")) == (1, 1)
 
 
 def test_a_lone_replica_does_both() -> None:

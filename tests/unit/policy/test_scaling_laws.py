@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie_cluster.config.scaling import PoolBounds, ScalingConfig
-from ernie_cluster.policy.scaling.actions import SwitchRole
+from ernie_cluster.policy.scaling.actions import ScaleToZero, SwitchRole
 from ernie_cluster.policy.scaling.decide import decide
 from ernie_cluster.policy.scaling.memory import Memory, ModelMemory, remembered
 from ernie_cluster.policy.scaling.needs import Needs, needs_of, replicas_for_wait, wait_p90_s
@@ -86,6 +86,7 @@ def test_a_decision_keeps_to_budget_and_bounds(cluster: tuple[ScalingConfig, Sca
     by_id = {r.replica_id: r for r in there}
     assert len(set(ended)) == len(ended)
     assert len(set(switched)) == len(switched)
+    assert set(switched).isdisjoint(ended) or any(isinstance(a, ScaleToZero) for a in actions)
     assert all(by_id[i].counts for i in ended)
     assert all(by_id[i].phase in ("planned", "starting", "ready") for i in switched)
     assert all(a.reason and any(c.isdigit() for c in a.reason) for a in actions)
@@ -144,7 +145,7 @@ def test_the_best_split_is_the_best_of_all(total: int, prefill: float, decode: f
         assert found.pressure(needs) <= least + 1e-9
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.tuples(LOADS, LOADS), st.tuples(LOADS, LOADS), st.tuples(FEW, FEW, FEW), st.integers(4, 16))
 def test_constant_load_comes_to_rest(
     first: tuple[float, float], second: tuple[float, float], there: tuple[int, int, int], total: int
@@ -156,9 +157,9 @@ def test_constant_load_comes_to_rest(
         "a": loaded("a", replicas(prefill=p, decode=d, mixed=m)[:total], *first),
         "b": loaded("b", (), *second),
     }
-    settled, log, memory = run(cluster, limits, 90)
+    settled, log, memory = run(cluster, limits, 60)
     assert len(log) <= 60
-    rest, after, _ = run(settled, limits, 60, memory)
+    rest, after, _ = run(settled, limits, 40, memory)
     assert [a for _, a in after] == []
     assert {n: len(s.replicas) for n, s in rest.items()} == {n: len(s.replicas) for n, s in settled.items()}
 
@@ -170,7 +171,7 @@ def test_nobody_starves_when_all_want_more_than_there_is(total: int) -> None:
         "a": loaded("a", replicas(prefill=total // 2, decode=total - total // 2), 8.0, 8.0),
         "b": loaded("b", (), 4.0, 4.0),
     }
-    settled, _, _ = run(cluster, limits, 120)
+    settled, _, _ = run(cluster, limits, 60)
     sizes = {name: len(s.replicas) for name, s in settled.items()}
     assert sum(sizes.values()) == total
     assert sizes["a"] / sizes["b"] == pytest.approx(2.0, abs=1.01)
