@@ -103,7 +103,8 @@ def _stage(
     if dt_s is None:
         tokens = stats.tokens_per_s
         return StageMemory(stats.requests_per_s, tokens, tokens, most_s, stats.samples)
-    enough_s = (1 + old.samples.variation) / (2 * _NOISE**2 * old.requests_per_s) if old.requests_per_s else most_s
+    enough = (1 + old.samples.variation) / (2 * _NOISE**2)
+    enough_s = enough / old.requests_per_s if old.requests_per_s * most_s > enough else most_s
     smoothing_s = min(most_s, max(enough_s, _LEAST_SMOOTHING * config.smoothing_s))
     tokens = _mean(old.tokens_per_s, stats.tokens_per_s, dt_s / smoothing_s)
     return StageMemory(

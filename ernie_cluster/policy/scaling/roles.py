@@ -132,14 +132,10 @@ def switch_roles(
 
 
 def switched(state: ModelState, action: SwitchRole) -> ModelState:
-    """The model as it will be."""
-
-    def after(replica: ReplicaState) -> ReplicaState:
-        if replica.replica_id not in action.replica_ids:
-            return replica
-        return replace(replica, role=action.target, phase="switching" if replica.phase == "ready" else replica.phase)
-
-    return replace(state, replicas=tuple(map(after, state.replicas)))
+    """The model as the rest of the decision is to see it: who switches is told nothing else."""
+    ids = set(action.replica_ids)
+    there = (replace(r, role=action.target, phase="switching") if r.replica_id in ids else r for r in state.replicas)
+    return replace(state, replicas=tuple(there))
 
 
 def idlest(state: ModelState, role: PoolRole) -> list[ReplicaState]:

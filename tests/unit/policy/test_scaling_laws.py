@@ -145,7 +145,7 @@ def test_the_best_split_is_the_best_of_all(total: int, prefill: float, decode: f
         assert found.pressure(needs) <= least + 1e-9
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.tuples(LOADS, LOADS), st.tuples(LOADS, LOADS), st.tuples(FEW, FEW, FEW), st.integers(4, 16))
 def test_constant_load_comes_to_rest(
     first: tuple[float, float], second: tuple[float, float], there: tuple[int, int, int], total: int
