@@ -11,6 +11,7 @@ from functools import partial
 from fastapi import FastAPI
 
 from ernie_cluster.actors import process
+from ernie_cluster.actors.auto_model import AutoModel
 from ernie_cluster.actors.cluster_backend import ClusterBackend
 from ernie_cluster.api.cors import allow_origins
 from ernie_cluster.api.decoders import DecoderLimits, Decoders
@@ -61,6 +62,7 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
             config.api.builtin_tools,
             make_searcher(config, processors),
             beside=make_grpc(config.api, guard),
+            alias=None if config.auto_model is None else AutoModel(config.auto_model, time.monotonic),
         )
         face_browsers(api, config.api)
         return api

@@ -9,9 +9,11 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
+from ernie_cluster.api.alias import errand_of
 from ernie_cluster.api.answer import Answer
 from ernie_cluster.api.deadline import Deadline
 from ernie_cluster.api.dialect import Asked, Dialect, Heading, Presentation
@@ -101,16 +103,18 @@ class Generation(Generic[R]):
         is_quick = is_small(raw)
         asked = await service.run(partial(self._read, raw), is_quick)
         del raw
+        meter.accept(service.processor(asked.body.model).served_name)
+        fetched = {**await self._fetch(asked), **asked.content}
+        asked, choice = self._chosen(asked, fetched)
         body = asked.body
         processor = service.processor(body.model)
         meter.accept(body.model)
         heading = Heading(self._dialect.id_prefix + uuid.uuid4().hex, int(start_s), body.model)
-        fetched = {**await self._fetch(asked), **asked.content}
         is_quick = is_quick and not body.has_format and not fetched
         job = await service.run(
             partial(self._prepare, asked, fetched, processor, heading, guest, deadline.left_s), is_quick
         )
-        look = asked.present(heading, job, [Span("preprocess", start_s, time.time() - start_s)])
+        look = asked.present(heading, job, [Span("preprocess", start_s, time.time() - start_s, choice)])
         backend = guest.pay(job, service.backend)
         rounds = rounds_of(body, job, processor, service, fetched, deadline, backend)
         del asked, body, fetched
@@ -123,10 +127,20 @@ class Generation(Generic[R]):
                 await write_whole(wire, answer, look, meter)
             meter.further(answer.num_prompt_tokens - job.num_prompt_tokens)
             meter.cached(answer.num_cached_tokens)
+            if service.alias is not None and meter.ttft_s is not None:
+                service.alias.saw(meter.model, meter.ttft_s)
 
     def _read(self, raw: bytes) -> Asked:
         asked = self._dialect.read(self._parse(raw, self._service.limits))
         return with_default_tools(asked, self._service.default_tools)
+
+    def _chosen(self, asked: Asked, fetched: Fetched) -> tuple[Asked, tuple[tuple[str, str], ...]]:
+        """The request with a served model's name in the place of the alias, and details of the choice, if there was one."""
+        alias = self._service.alias
+        if alias is None or asked.body.model != alias.name:
+            return asked, ()
+        model, reason = alias.choose(**errand_of(asked.body, fetched))
+        return replace(asked, body=asked.body.model_copy(update={"model": model})), (("model", model), ("why", reason))
 
     async def _fetch(self, asked: Asked) -> Fetched:
         try:

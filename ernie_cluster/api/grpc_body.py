@@ -85,6 +85,7 @@ def _common(request: pb.ChatRequest | pb.GenerateRequest, is_stream: bool) -> di
         "stream": is_stream,
         "include_timeline": request.include_timeline,
         "return_token_ids": request.return_token_ids,
+        "allow_smaller_model": request.allow_smaller_model,
         **_given(request, "cache_salt", "priority"),
         **_format(request.response_format),
     }

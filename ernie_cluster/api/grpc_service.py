@@ -102,8 +102,8 @@ def _prompt(service: Service, request: pb.TokenizeRequest) -> tuple[Processor, G
 def _list_models(service: Service, raw: bytes) -> bytes:
     parse_message(pb.ListModelsRequest, raw, service.limits)
     models = [
-        pb.Model(name=p.served_name, max_model_len=p.max_model_len, created=service.created)
-        for p in service.processors.values()
+        pb.Model(name=name, max_model_len=service.max_model_len(name), created=service.created)
+        for name in service.names
     ]
     serialized: bytes = pb.ListModelsResponse(models=models).SerializeToString()
     return serialized

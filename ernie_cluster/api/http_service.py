@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
+from ernie_cluster.api.alias import Alias
 from ernie_cluster.api.anthropic import MESSAGES
 from ernie_cluster.api.backend import Backend
 from ernie_cluster.api.body import parse_object
@@ -64,6 +65,7 @@ def create_app(
     default_tools: Sequence[str] = (),
     searcher: ImageSearcher | None = None,
     beside: Callable[[Service], AbstractAsyncContextManager[object]] | None = None,
+    alias: Alias | None = None,
 ) -> FastAPI:
     """The ASGI app.
 
@@ -77,8 +79,9 @@ def create_app(
         default_tools: of our own, offered in chats that say nothing of tools.
         searcher: of the tool `image_search`; None does not offer it.
         beside: another face of the same service, there as long as the app runs.
+        alias: a name that stands for several of the models.
     """
-    service = Service(backend, processors, limits, metrics, fetcher, default_tools, searcher)
+    service = Service(backend, processors, limits, metrics, fetcher, default_tools, searcher, alias)
     gauges = ReplicaGauges(backend, metrics, time.monotonic)
 
     @asynccontextmanager
@@ -104,11 +107,11 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [service.card(p) for p in processors.values()]})
+        return json_response({"object": "list", "data": [service.card(name) for name in service.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        return json_response(service.card(service.processor(name)))
+        return json_response(service.card(name))
 
     @app.get("/health")
     async def health() -> Response:

@@ -94,6 +94,8 @@ class GenerationBody(Strict):
     """Ours: attach the stages of the request's journey to the answer."""
     return_token_ids: bool | None = None
     """vLLM's: tell the token ids of prompt and answer."""
+    allow_smaller_model: bool | None = None
+    """Ours: where `model` stands for several, a smaller one may answer when the one that suits would be late."""
 
     @property
     def num_logprobs(self) -> int | None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from starlette.responses import Response
 
+from ernie_cluster.api.alias import Alias
 from ernie_cluster.api.backend import Backend
 from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.image_search import ImageSearcher
@@ -44,6 +45,7 @@ class Service:
         fetcher: Fetcher | None = None,
         default_tools: Sequence[str] = (),
         searcher: ImageSearcher | None = None,
+        alias: Alias | None = None,
     ) -> None:
         self.backend = backend
         self.processors = processors
@@ -51,16 +53,30 @@ class Service:
         self.fetcher = fetcher or Fetcher()
         self.default_tools = default_tools
         self.searcher = searcher
+        self.alias = alias
         self.workers = Workers(limits.preprocess_threads, limits.max_preparing)
         self.traffic = Traffic(metrics, time.monotonic, limits.max_in_flight)
         self.created = int(time.time())
         """Since when the models are served, seconds since the epoch."""
 
     def processor(self, name: str) -> Processor:
-        """Raises UnknownModel, naming those that are served."""
+        """Of a served model, or of the most able one behind the alias; raises UnknownModel, naming those that there are."""
+        if self.alias is not None and name == self.alias.name:
+            name = self.alias.models[0]
         if name not in self.processors:
-            raise UnknownModel(f"model {name[:100]!r} is not served here; served: {', '.join(self.processors)}")
+            raise UnknownModel(f"model {name[:100]!r} is not served here; served: {', '.join(self.names)}")
         return self.processors[name]
+
+    @property
+    def names(self) -> list[str]:
+        """What clients may put into the field `model`."""
+        return [*self.processors, *([] if self.alias is None else [self.alias.name])]
+
+    def max_model_len(self, name: str) -> int:
+        """Of a served model, or what all models behind the alias can hold."""
+        is_alias = self.alias is not None and name == self.alias.name
+        models = self.alias.models if self.alias is not None and is_alias else (name,)
+        return min(self.processor(model).max_model_len for model in models)
 
     @asynccontextmanager
     async def request(self, timeout_s: float) -> AsyncIterator[Meter]:
@@ -83,8 +99,8 @@ class Service:
         """Result of `work`, done here when it is small, else in a thread; raises as `Workers.run` does."""
         return work() if is_small else await self.workers.run(work)
 
-    def card(self, processor: Processor) -> dict[str, object]:
-        return model_card(processor.served_name, self.created, processor.max_model_len)
+    def card(self, name: str) -> dict[str, object]:
+        return model_card(name, self.created, self.max_model_len(name))
 
     async def readiness(self) -> dict[str, object]:
         """`ready`: whether every model can take requests; the rest says why not."""

@@ -36,6 +36,8 @@ class Meter:
         self.start_s = clock()
         self.model = UNKNOWN_MODEL
         self.is_stream = False
+        self.ttft_s: float | None = None
+        """Until the first token of the first choice left; None before."""
 
     def begin(self) -> None:
         """The request is here."""
@@ -62,7 +64,8 @@ class Meter:
 
     def _tokens(self, delta: Delta, now: float) -> None:
         if not self._choices:
-            self._observe("ernie_time_to_first_token_seconds", now - self.start_s)
+            self.ttft_s = now - self.start_s
+            self._observe("ernie_time_to_first_token_seconds", self.ttft_s)
         self._inc("ernie_generation_tokens_total", delta.num_tokens)
         times = self._choices.get(delta.index)
         if times is None:

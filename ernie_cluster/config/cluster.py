@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from ernie_cluster.config.auto_model import AutoModelConfig
 from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.keys import is_sha256
 from ernie_cluster.config.parallel import ParallelDims
@@ -513,11 +514,15 @@ class ClusterConfig:
     """The front door."""
     transport: TransportConfig = TransportConfig()
     """How KV and embeddings travel."""
+    auto_model: AutoModelConfig | None = None
+    """A name that stands for two of the models; None = there is none."""
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ConfigError("models is empty; name at least one, for example {preset: tiny, path: FOLDER}")
         _check_unique("model name", [m.name for m in self.models])
+        if self.auto_model is not None:
+            self.auto_model.check(tuple(m.name for m in self.models))
         if self.api.image_search is not None and self.search_model is None:
             wish = self.api.image_search.model
             whose = "any served model" if wish is None else f"a served model {wish!r}"

@@ -72,9 +72,9 @@ def test_a_gang_that_loses_a_rank_is_replaced_whole(whole_app: Application, role
 
     answer = run(play())
     assert (answer.error, answer.text, answer.finish_reason) == (None, wanted, "length")
-    eventually(app.objection_to_ready, 180)
     gone = {i.incarnation for i in before}
     eventually(
         lambda: "the old gang is there" if gone & {i.incarnation for i in app.replicas("gang", role)} else "", 60
     )
+    eventually(app.objection_to_ready, 180)
     assert app.text("gang", "A long time ago", max_tokens=120) == wanted

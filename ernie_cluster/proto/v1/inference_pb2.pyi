@@ -286,7 +286,7 @@ class RankedToken(_message.Message):
     def __init__(self, token: _Optional[bytes] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("model", "messages", "sampling", "enable_thinking", "tools", "tool_choice", "parallel_tool_calls", "response_format", "include_timeline", "cache_salt", "reasoning_effort", "max_thinking_tokens", "priority", "return_token_ids", "include_tool_results")
+    __slots__ = ("model", "messages", "sampling", "enable_thinking", "tools", "tool_choice", "parallel_tool_calls", "response_format", "include_timeline", "cache_salt", "reasoning_effort", "max_thinking_tokens", "priority", "return_token_ids", "include_tool_results", "allow_smaller_model")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +302,7 @@ class ChatRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     RETURN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_TOOL_RESULTS_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_SMALLER_MODEL_FIELD_NUMBER: _ClassVar[int]
     model: str
     messages: _containers.RepeatedCompositeFieldContainer[Message]
     sampling: Sampling
@@ -317,7 +318,8 @@ class ChatRequest(_message.Message):
     priority: int
     return_token_ids: bool
     include_tool_results: bool
-    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., enable_thinking: _Optional[bool] = ..., tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., parallel_tool_calls: _Optional[bool] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ..., include_timeline: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., reasoning_effort: _Optional[_Union[ReasoningEffort, str]] = ..., max_thinking_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., return_token_ids: _Optional[bool] = ..., include_tool_results: _Optional[bool] = ...) -> None: ...
+    allow_smaller_model: bool
+    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., enable_thinking: _Optional[bool] = ..., tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., parallel_tool_calls: _Optional[bool] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ..., include_timeline: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., reasoning_effort: _Optional[_Union[ReasoningEffort, str]] = ..., max_thinking_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., return_token_ids: _Optional[bool] = ..., include_tool_results: _Optional[bool] = ..., allow_smaller_model: _Optional[bool] = ...) -> None: ...
 
 class ChatResponse(_message.Message):
     __slots__ = ("id", "created", "model", "choices", "usage", "timeline", "prompt_token_ids")
@@ -404,7 +406,7 @@ class ToolCallDelta(_message.Message):
     def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "text", "tokens", "sampling", "response_format", "include_timeline", "cache_salt", "priority", "return_token_ids")
+    __slots__ = ("model", "text", "tokens", "sampling", "response_format", "include_timeline", "cache_salt", "priority", "return_token_ids", "allow_smaller_model")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -414,6 +416,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     RETURN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_SMALLER_MODEL_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     tokens: TokenIds
@@ -423,7 +426,8 @@ class GenerateRequest(_message.Message):
     cache_salt: str
     priority: int
     return_token_ids: bool
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ..., include_timeline: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., return_token_ids: _Optional[bool] = ...) -> None: ...
+    allow_smaller_model: bool
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ..., include_timeline: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., return_token_ids: _Optional[bool] = ..., allow_smaller_model: _Optional[bool] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
+from ernie_cluster.api.alias import Alias
 from ernie_cluster.api.fetcher import Fetcher
 from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.http_service import create_app
@@ -36,18 +37,21 @@ class Server:
     fetcher: Fetcher | None = None
     default_tools: tuple[str, ...] = ()
     searcher: ImageSearcher | None = None
+    alias: Alias | None = None
+    others: tuple[FakeProcessor, ...] = ()
+    """Of further served models."""
 
     def __post_init__(self) -> None:
-        name = self.processor.served_name
         self.app: FastAPI = create_app(
             self.backend,
-            {name: self.processor},
+            {p.served_name: p for p in (self.processor, *self.others)},
             self.limits,
             self.metrics,
             self.guard,
             self.fetcher,
             self.default_tools,
             self.searcher,
+            alias=self.alias,
         )
 
     @asynccontextmanager
