@@ -1,0 +1,118 @@
+"""Which vision replica encodes the pictures of a request.
+
+One that holds them already does nothing. A picture that nobody holds goes home: to the encoder that the ring says, so that
+it is found there the next time. Strangers may take it when the home is busy, but count part of its encoding on top, which
+will be done again one day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import islice
+
+from ernie_cluster.config.cluster import RouterConfig
+from ernie_cluster.policy.admission import Refusal, has_room, refuse_encoding
+from ernie_cluster.policy.cost import encode_s, queue_s
+from ernie_cluster.policy.fleet import Fleet, Member, Pool
+from ernie_cluster.policy.holders import Holders
+from ernie_cluster.policy.snapshot import Demand, Picture, Promise
+
+_HOMES = 2
+"""A picture's home, and where it goes when that is full."""
+_EACH = 3
+_REACH = 64
+"""Points of the ring that are passed in search of an encoder with room."""
+_STRAY_WEIGHT = 0.5
+"""Of the encoding, away from home."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """An encoder for some pictures."""
+
+    member: Member
+    wait_s: float
+    """Until the last of them is encoded."""
+    num_pictures: int
+    """Of these it holds none yet."""
+    num_tokens: int
+    """Of those, and no others."""
+    kind: str
+    """Why, in one word."""
+    items: tuple[int, ...]
+    """It will hold them then."""
+
+    @property
+    def promise(self) -> Promise:
+        """What to book."""
+        return Promise(self.member.now.replica_id, media_tokens=self.num_tokens, items=self.items)
+
+    @property
+    def reason(self) -> str:
+        """Why, in a line."""
+        now = self.member.now
+        return f"vision {now.replica_id}: {self.kind}, {self.num_tokens} tokens to encode, {now.waiting_tokens} wait"
+
+
+def cheapest_encoder(
+    demand: Demand, num_covered: int, vision: Pool, holders: Holders, limits: RouterConfig, allowed: int
+) -> Encoding | None:
+    """The encoder with the least to do for the pictures of a request, or None where none has room.
+
+    Args:
+        num_covered: leading pictures that need no encoding. With all of them covered there still is an encoder: a cache
+            may have lost by then what it told.
+        allowed: the replicas that may be chosen.
+    """
+    among = vision.mask & allowed
+    pictures = demand.pictures[num_covered:]
+    masks = [holders.of(picture.item) for picture in pictures]
+    found: dict[int, tuple[Member, int]] = {}  # (encoder, its place among the homes)
+    if demand.pictures:
+        first = (pictures or demand.pictures)[0]
+        homes = dict.fromkeys(slot for slot in islice(vision.ring.homes(first.item), _REACH) if among >> slot & 1)
+        for slot in homes:
+            member = next(vision.walk(1 << slot))
+            if has_room(member.now, demand, limits):
+                found[slot] = (member, len(found))
+                if len(found) == _HOMES:
+                    break
+    for mask in {*masks, among}:
+        for member in islice((m for m in vision.walk(mask & among) if has_room(m.now, demand, limits)), _EACH):
+            found.setdefault(member.slot, (member, _HOMES))
+    options = [_weighed(demand, pictures, masks, member, place) for member, place in found.values()]
+    return min(options, key=lambda o: (o[0], o[1].member.rank), default=(0.0, None))[1]
+
+
+def _weighed(
+    demand: Demand, pictures: tuple[Picture, ...], masks: list[int], member: Member, place: int
+) -> tuple[float, Encoding]:
+    """(cost in seconds, what it would be)."""
+    missing = {p.item: p for p, mask in zip(pictures, masks, strict=True) if not mask & member.bit}
+    num_pictures, num_tokens = len(missing), sum(p.num_tokens for p in missing.values())
+    if not demand.pictures:
+        num_pictures, num_tokens = demand.num_media, demand.media_tokens
+    work_s = encode_s(member.now, num_pictures, num_tokens)
+    wait_s = queue_s(member.now) + work_s
+    kind = "load" if place else "home"
+    if not missing and demand.pictures:
+        kind = "cached"
+    stray = _STRAY_WEIGHT * place / _HOMES if demand.pictures else 0.0
+    encoding = Encoding(member, wait_s, num_pictures, num_tokens, kind, tuple(missing))
+    return wait_s + stray * work_s, encoding
+
+
+def choose_encoder(
+    demand: Demand, fleet: Fleet, limits: RouterConfig, *, exclude: Collection[str] = frozenset()
+) -> Promise | Refusal:
+    """Pick the vision replica for pictures that belong to no prompt, or refuse; what is to be booked names it.
+
+    Args:
+        exclude: as of `choose_path`.
+    """
+    pool = fleet.pool(demand.model, "vision")
+    found = cheapest_encoder(demand, 0, pool, fleet.holders, limits, ~fleet.bits(exclude))
+    if found is None:
+        return refuse_encoding(demand, fleet, limits, exclude=exclude)
+    return found.promise
