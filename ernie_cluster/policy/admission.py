@@ -31,35 +31,44 @@ class Refusal:
         return Overloaded(self.reason, self.retry_after_s)
 
 
-def blocks_needed(demand: Demand, block_size: int, reserve_output_tokens: int) -> int:
-    """KV blocks for the prompt and a first stretch of output. 30 + 8 tokens in blocks of 16 are 3."""
-    num_tokens = demand.num_prompt_tokens + min(demand.max_tokens, reserve_output_tokens)
-    return -(-num_tokens // block_size)
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request takes of a replica, worked out once for all that are looked at."""
+
+    prompt_tokens: int
+    """KV where the prompt is read and the answer is not written."""
+    total_tokens: int
+    """KV where the answer is written: the prompt, and a first stretch of output."""
+    max_queued_tokens: int
+
+    @classmethod
+    def of(cls, demand: Demand, limits: RouterConfig) -> Need:
+        """Of one request."""
+        stretch = min(demand.max_tokens, limits.reserve_output_tokens)
+        return cls(demand.num_prompt_tokens, demand.num_prompt_tokens + stretch, limits.max_queued_tokens)
+
+    def tokens(self, replica: ReplicaSnapshot) -> int:
+        """KV that the role of a replica takes."""
+        return self.prompt_tokens if replica.role == "prefill" else self.total_tokens
+
+    def fits(self, replica: ReplicaSnapshot) -> bool:
+        """Whether a replica can take the stage of its role now.
+
+        Vision, prefill and mixed queue: an unfilled queue takes a request of any size. All but vision must have the
+        blocks.
+        """
+        if replica.role != "decode" and replica.waiting_tokens >= self.max_queued_tokens:
+            return False
+        return replica.role == "vision" or self.tokens(replica) <= replica.free_blocks * replica.block_size
+
+    def can_answer(self, replica: ReplicaSnapshot) -> bool:
+        """Whether a prefill replica can take the answer, too."""
+        return self.fits(replica) and self.total_tokens <= replica.free_blocks * replica.block_size
 
 
-def own_blocks(replica: ReplicaSnapshot, demand: Demand, limits: RouterConfig, *, answers: bool) -> int:
-    """KV blocks that a request takes of a replica.
-
-    Args:
-        answers: whether the answer is written there, too; else the prompt's KV leaves.
-    """
-    return blocks_needed(demand, replica.block_size, limits.reserve_output_tokens if answers else 0)
-
-
-def has_room(replica: ReplicaSnapshot, demand: Demand, limits: RouterConfig, *, answers: bool | None = None) -> bool:
-    """Whether a replica can take its stage of a request now.
-
-    Vision, prefill and mixed queue: an unfilled queue takes a request of any size. All but vision must have the blocks.
-
-    Args:
-        answers: as of `own_blocks`; None = as its role says.
-    """
-    if replica.role != "decode" and replica.waiting_tokens >= limits.max_queued_tokens:
-        return False
-    if replica.role == "vision":
-        return True
-    is_written_here = replica.role != "prefill" if answers is None else answers
-    return own_blocks(replica, demand, limits, answers=is_written_here) <= replica.free_blocks
+def blocks_for(num_tokens: int, replica: ReplicaSnapshot) -> int:
+    """KV blocks that hold so many tokens. 38 tokens in blocks of 16 are 3."""
+    return -(-num_tokens // replica.block_size)
 
 
 def never_fits(demand: Demand, fleet: Fleet) -> Refusal | None:
@@ -93,13 +102,13 @@ def refuse_encoding(demand: Demand, fleet: Fleet, limits: RouterConfig, *, exclu
 def _refusal(
     roles: Iterable[Role], demand: Demand, fleet: Fleet, limits: RouterConfig, exclude: Collection[str]
 ) -> Refusal:
-    reasons: list[str] = []
+    need, reasons = Need.of(demand, limits), list[str]()
     wait_s = limits.retry_after_s
     for role in roles:
         peers = [r for r in fleet.pool(demand.model, role).usable if r.replica_id not in exclude]
-        if not any(has_room(r, demand, limits) for r in peers):
-            reasons.append(_shortage(role, demand, peers, limits))
-            wait_s = max(wait_s, min((_room_in_s(r, demand, limits) for r in peers), default=0.0))
+        if not any(map(need.fits, peers)):
+            reasons.append(_shortage(role, need, peers))
+            wait_s = max(wait_s, min((_room_in_s(r, need, limits) for r in peers), default=0.0))
     return Refusal(f"{demand.model!r}: {'; '.join(reasons)}", min(wait_s, _MAX_RETRY_S))
 
 
@@ -112,18 +121,18 @@ def _wanted(demand: Demand, fleet: Fleet) -> list[Role]:
     return [*wanted, "mixed"] if "mixed" in deployed else wanted
 
 
-def _room_in_s(replica: ReplicaSnapshot, demand: Demand, limits: RouterConfig) -> float:
+def _room_in_s(replica: ReplicaSnapshot, need: Need, limits: RouterConfig) -> float:
     """When a full replica may have room, by what it works off.
 
     A queue shrinks at the measured rate. Blocks come back as answers end: each sequence is taken for an average one, in
     the middle of an answer of the reserved length.
     """
     wait_s = 0.0
-    if replica.role != "decode" and replica.waiting_tokens >= limits.max_queued_tokens:
-        excess = replica.waiting_tokens - limits.max_queued_tokens + 1
+    if replica.role != "decode" and replica.waiting_tokens >= need.max_queued_tokens:
+        excess = replica.waiting_tokens - need.max_queued_tokens + 1
         wait_s = queue_s(replica) * excess / replica.waiting_tokens
     if replica.role != "vision":
-        short = own_blocks(replica, demand, limits, answers=replica.role != "prefill") - replica.free_blocks
+        short = blocks_for(need.tokens(replica), replica) - replica.free_blocks
         used = replica.total_blocks - replica.free_blocks
         if short > 0 and used > 0:
             all_s = queue_s(replica)
@@ -133,15 +142,14 @@ def _room_in_s(replica: ReplicaSnapshot, demand: Demand, limits: RouterConfig) -
     return wait_s
 
 
-def _shortage(role: Role, demand: Demand, peers: list[ReplicaSnapshot], limits: RouterConfig) -> str:
+def _shortage(role: Role, need: Need, peers: list[ReplicaSnapshot]) -> str:
     """What the replicas of one role are short of, given that none has room."""
     if not peers:
         return f"no {role} replica is ready"
     parts: list[str] = []
     if role != "decode":
-        parts.append(f"{min(r.waiting_tokens for r in peers)} tokens wait, limit {limits.max_queued_tokens}")
+        parts.append(f"{min(r.waiting_tokens for r in peers)} tokens wait, limit {need.max_queued_tokens}")
     if role != "vision":
         best = max(peers, key=lambda r: (r.free_blocks * r.block_size, r.replica_id))
-        need = own_blocks(best, demand, limits, answers=role != "prefill")
-        parts.append(f"{need} blocks needed, {best.free_blocks} free")
+        parts.append(f"{blocks_for(need.tokens(best), best)} blocks needed, {best.free_blocks} free")
     return f"every {role} replica is full (at best {', '.join(parts)})"

@@ -6,7 +6,7 @@ the network and the hand-over take is measured on CPU (BENCHMARKS.md); the rest,
 
 from __future__ import annotations
 
-from ernie_cluster.policy.snapshot import Demand, ReplicaSnapshot
+from ernie_cluster.policy.snapshot import ReplicaSnapshot
 
 _NODE_BYTES_PER_S = 4e9
 """Inside a node, through shared memory."""
@@ -54,11 +54,6 @@ def transfer_s(source: ReplicaSnapshot, target: ReplicaSnapshot, num_tokens: int
     """Of the KV of so many tokens, or of their embeddings."""
     rate = _NODE_BYTES_PER_S if source.node_id == target.node_id else _NETWORK_BYTES_PER_S
     return _HANDOVER_S + num_tokens * source.token_bytes / rate
-
-
-def stretch(demand: Demand, reserve_output_tokens: int) -> int:
-    """Output tokens that a decision looks ahead: those for which blocks are reserved."""
-    return min(demand.max_tokens, reserve_output_tokens)
 
 
 def rank_s(replica: ReplicaSnapshot) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ernie_cluster.config.cluster import RouterConfig
-from ernie_cluster.policy.admission import Refusal, has_room, refuse_encoding
+from ernie_cluster.policy.admission import Need, Refusal, refuse_encoding
 from ernie_cluster.policy.cost import encode_s, queue_s
 from ernie_cluster.policy.fleet import Fleet, Member, Pool
 from ernie_cluster.policy.holders import Holders
@@ -20,7 +20,7 @@ from ernie_cluster.policy.snapshot import Demand, Picture, Promise
 
 _HOMES = 2
 """A picture's home, and where it goes when that is full."""
-_EACH = 3
+_EACH = 2
 _REACH = 64
 """Points of the ring that are passed in search of an encoder with room."""
 _STRAY_WEIGHT = 0.5
@@ -56,7 +56,7 @@ class Encoding:
 
 
 def cheapest_encoder(
-    demand: Demand, num_covered: int, vision: Pool, holders: Holders, limits: RouterConfig, allowed: int
+    demand: Demand, num_covered: int, vision: Pool, holders: Holders, need: Need, allowed: int
 ) -> Encoding | None:
     """The encoder with the least to do for the pictures of a request, or None where none has room.
 
@@ -71,15 +71,16 @@ def cheapest_encoder(
     found: dict[int, tuple[Member, int]] = {}  # (encoder, its place among the homes)
     if demand.pictures:
         first = (pictures or demand.pictures)[0]
-        homes = dict.fromkeys(slot for slot in islice(vision.ring.homes(first.item), _REACH) if among >> slot & 1)
-        for slot in homes:
-            member = next(vision.walk(1 << slot))
-            if has_room(member.now, demand, limits):
+        for slot in islice(vision.ring.homes(first.item), _REACH):
+            if slot in found or not among >> slot & 1:
+                continue
+            member = vision.member(slot)
+            if need.fits(member.now):
                 found[slot] = (member, len(found))
                 if len(found) == _HOMES:
                     break
     for mask in {*masks, among}:
-        for member in islice((m for m in vision.walk(mask & among) if has_room(m.now, demand, limits)), _EACH):
+        for member in vision.best(mask & among, need.fits, _EACH):
             found.setdefault(member.slot, (member, _HOMES))
     options = [_weighed(demand, pictures, masks, member, place) for member, place in found.values()]
     return min(options, key=lambda o: (o[0], o[1].member.rank), default=(0.0, None))[1]
@@ -112,7 +113,7 @@ def choose_encoder(
         exclude: as of `choose_path`.
     """
     pool = fleet.pool(demand.model, "vision")
-    found = cheapest_encoder(demand, 0, pool, fleet.holders, limits, ~fleet.bits(exclude))
+    found = cheapest_encoder(demand, 0, pool, fleet.holders, Need.of(demand, limits), ~fleet.bits(exclude))
     if found is None:
         return refuse_encoding(demand, fleet, limits, exclude=exclude)
     return found.promise

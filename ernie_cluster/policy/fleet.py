@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from ernie_cluster.config.cluster import Role
@@ -65,15 +65,30 @@ class Pool:
         """Tokens that the largest replica holds; None while no size is known."""
         return max(self._capacities, default=None)
 
-    def walk(self, among: int) -> Iterator[Member]:
-        """The usable ones of `among`, best first."""
+    def member(self, slot: int) -> Member:
+        """The replica in a slot of this pool."""
+        return self._members[slot]
+
+    def best(self, among: int, fits: Callable[[ReplicaSnapshot], bool], count: int) -> list[Member]:
+        """Of the usable ones of `among` those that fit, best first, at most `count`."""
+        found: list[Member] = []
         among &= self.mask
         if among.bit_count() > _FEW:
             for _, member in self._order:
-                if among >> member.slot & 1:
-                    yield member
-        elif among:
-            yield from sorted((self._members[slot] for slot in _bits(among)), key=_rank)
+                if among >> member.slot & 1 and fits(member.now):
+                    found.append(member)
+                    if len(found) == count:
+                        break
+            return found
+        while among:
+            slot = among.bit_length() - 1
+            among ^= 1 << slot
+            member = self._members[slot]
+            if fits(member.now):
+                found.append(member)
+        if len(found) > 1:
+            found.sort(key=_rank)
+        return found[:count]
 
     def put(self, member: Member, before: ReplicaSnapshot | None) -> None:
         """Take in a replica, or its new load.
@@ -204,10 +219,3 @@ def _rank(member: Member) -> tuple[float, str]:
 
 def _first(entry: tuple[tuple[float, str], Member]) -> tuple[float, str]:
     return entry[0]
-
-
-def _bits(mask: int) -> Iterator[int]:
-    while mask:
-        lowest = mask & -mask
-        yield lowest.bit_length() - 1
-        mask ^= lowest

@@ -6,7 +6,7 @@ all that stands before it, or of a picture.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from ernie_cluster.deltas import Delta
@@ -19,7 +19,7 @@ class Holders:
         self._masks: dict[int, int] = {}
         self._held: dict[int, dict[int, None]] = {}  # by slot
         self._versions: dict[int, int] = {}
-        self._coming: Counter[tuple[int, int]] = Counter()  # (slot, item)
+        self._coming: defaultdict[int, dict[int, int]] = defaultdict(dict)  # by slot: how often an item is expected
         self._coming_masks: dict[int, int] = {}
 
     def version(self, slot: int) -> int | None:
@@ -52,18 +52,20 @@ class Holders:
 
     def expect(self, slot: int, items: Iterable[int]) -> None:
         """A replica is about to get these; until `unexpect`, as often as this was called."""
-        bit = 1 << slot
+        bit, counts, masks = 1 << slot, self._coming[slot], self._coming_masks
         for item in items:
-            self._coming[slot, item] += 1
-            self._coming_masks[item] = self._coming_masks.get(item, 0) | bit
+            count = counts.get(item, 0)
+            counts[item] = count + 1
+            if not count:
+                masks[item] = masks.get(item, 0) | bit
 
     def unexpect(self, slot: int, items: Iterable[int]) -> None:
         """One call of `expect` is over."""
-        bit = 1 << slot
+        bit, counts = 1 << slot, self._coming[slot]
         for item in items:
-            self._coming[slot, item] -= 1
-            if not self._coming[slot, item]:
-                del self._coming[slot, item]
+            counts[item] -= 1
+            if not counts[item]:
+                del counts[item]
                 self._clear(self._coming_masks, item, bit)
 
     def of(self, item: int) -> int:
@@ -85,23 +87,32 @@ class Holders:
         """
         end = len(chain)
         for _ in range(limit):
-            low, high = 0, end
-            while low < high:  # the last link that anybody has
-                middle = (low + high + 1) // 2
-                if self.of(chain[middle - 1]) & among:
-                    low = middle
-                else:
-                    high = middle - 1
-            if low == 0:
+            end = self._last(chain, end, among)
+            if not end:
                 return
-            mask = self.of(chain[low - 1]) & among
-            yield low, mask
+            mask = self.of(chain[end - 1]) & among
+            yield end, mask
             among &= ~mask
-            end = low - 1
+            end -= 1
 
     def depth(self, chain: Sequence[int], slot: int) -> int:
         """How many leading items of a chain this replica has."""
-        return next((count for count, _ in self.levels(chain, 1 << slot, 1)), 0)
+        return self._last(chain, len(chain), 1 << slot)
+
+    def _last(self, chain: Sequence[int], end: int, among: int) -> int:
+        """How many of the first `end` items anybody of `among` has."""
+        held, coming = self._masks.get, self._coming_masks.get
+        if not end or not (held(chain[0], 0) | coming(chain[0], 0)) & among:
+            return 0
+        low = 1
+        while low < end:
+            middle = (low + end + 1) // 2
+            item = chain[middle - 1]
+            if (held(item, 0) | coming(item, 0)) & among:
+                low = middle
+            else:
+                end = middle - 1
+        return low
 
     def check(self) -> None:
         """Assert that both sides of the index agree."""
@@ -111,9 +122,10 @@ class Holders:
                 masks[item] = masks.get(item, 0) | 1 << slot
         assert masks == self._masks, "the index of cached items differs from its replicas"
         coming: dict[int, int] = {}
-        for (slot, item), count in self._coming.items():
-            assert count > 0, f"item {item} is expected {count} times"
-            coming[item] = coming.get(item, 0) | 1 << slot
+        for slot, counts in self._coming.items():
+            for item, count in counts.items():
+                assert count > 0, f"item {item} is expected {count} times"
+                coming[item] = coming.get(item, 0) | 1 << slot
         assert coming == self._coming_masks, "the index of expected items differs from its replicas"
 
     @staticmethod

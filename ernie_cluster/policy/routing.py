@@ -7,24 +7,23 @@ same node. Ties go to the lower ids, so that the order of the snapshots does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from ernie_cluster.config.cluster import RouterConfig
-from ernie_cluster.policy.admission import Refusal, has_room, never_fits, own_blocks, refuse
-from ernie_cluster.policy.cost import decode_s, prefill_s, queue_s, stall_s, stretch, transfer_s
+from ernie_cluster.policy.admission import Need, Refusal, blocks_for, never_fits, refuse
+from ernie_cluster.policy.cost import decode_s, prefill_s, queue_s, stall_s, transfer_s
 from ernie_cluster.policy.encoding import Encoding, cheapest_encoder
 from ernie_cluster.policy.fleet import Fleet, Member, Pool
 from ernie_cluster.policy.snapshot import Demand, Promise, ReplicaSnapshot
 
-_LEVELS = 3
+_LEVELS = 2
 """Lengths of cached prefix that are looked at."""
-_EACH = 3
+_EACH = 2
 """Replicas that are looked at for each of them, and of those with the least to do."""
-_STARTS = 3
+_STARTS = 2
 """Best replicas for a prompt for which decode partners are looked for."""
-_MAX_ITEMS = 256
+_MAX_ITEMS = 64
 """Blocks of a prompt that a replica is expected to hold soon; more would cost more time than they are worth."""
 
 
@@ -52,35 +51,30 @@ class Path:
         return self.prefill == self.decode
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Start:
     """A replica for the prompt."""
 
-    member: Member
+    now: ReplicaSnapshot
     depth: int
     """Leading blocks that it holds."""
     num_uncached: int
     encoding: Encoding | None
     ttft_s: float
 
-    @property
-    def now(self) -> ReplicaSnapshot:
-        return self.member.now
 
+@dataclass(slots=True)
+class _Partner:
+    """A replica for the answer."""
 
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """A whole path and its cost."""
-
-    cost_s: float
-    start: _Start
-    decode: Member
+    now: ReplicaSnapshot
     depth: int
-    """Leading blocks that the decode side holds."""
+    num_uncached: int
+    answer_s: float
 
-    @property
-    def rank(self) -> tuple[float, str, str]:
-        return self.cost_s, self.start.now.replica_id, self.decode.now.replica_id
+
+_Way = tuple[float, str, str, _Start, _Partner | None]
+"""Cost in seconds, the ids of both replicas, and the replicas; None where the first does all. Ids settle ties."""
 
 
 def choose_path(
@@ -95,7 +89,7 @@ def choose_path(
     if never is not None:
         return never
     search = _Search(demand, fleet, limits, ~fleet.bits(exclude))
-    best = min(search.ways(), key=lambda way: way.rank, default=None)
+    best = min(search.ways(), default=None)
     return refuse(demand, fleet, limits, exclude=exclude) if best is None else search.path(best)
 
 
@@ -103,135 +97,130 @@ class _Search:
     """One decision under way."""
 
     def __init__(self, demand: Demand, fleet: Fleet, limits: RouterConfig, allowed: int) -> None:
-        self._demand, self._fleet, self._limits, self._allowed = demand, fleet, limits, allowed
-        self._vision, self._prefill, self._decode, self._mixed = (
-            fleet.pool(demand.model, role) for role in ("vision", "prefill", "decode", "mixed")
-        )
-        self._stretch = stretch(demand, limits.reserve_output_tokens)
+        self._demand, self._fleet, self._allowed = demand, fleet, allowed
+        self._need = Need.of(demand, limits)
+        self._is_short = demand.num_prompt_tokens <= limits.local_decode_tokens
+        self._stretch = self._need.total_tokens - self._need.prompt_tokens
+        self._vision = fleet.pool(demand.model, "vision")
         self._encodings: dict[int, Encoding | None] = {}  # by number of leading pictures that are covered
         self._num_seen = 0
 
     def ways(self) -> Iterator[_Way]:
         """The paths that are worth a closer look; none when nothing has room."""
-        for member, depth in self._likely(self._mixed, lambda m: has_room(m.now, self._demand, self._limits)):
-            start = self._start(member, depth)
-            if start is not None:
-                yield self._local(start)
-        partners = self._partners()
-        is_short = self._demand.num_prompt_tokens <= self._limits.local_decode_tokens
-        if not partners and not is_short:
+        for start in self._starts(self._fleet.pool(self._demand.model, "mixed")):
+            yield self._local(start)
+        decode = self._fleet.pool(self._demand.model, "decode")
+        partners = {member.slot: self._partner(member, depth) for member, depth in self._likely(decode)}
+        if not partners and not self._is_short:
             return
-        starts: list[_Start] = []
-        for member, depth in self._likely(self._prefill, lambda m: has_room(m.now, self._demand, self._limits)):
-            start = self._start(member, depth)
-            if start is not None:
-                starts.append(start)
+        starts = self._starts(self._fleet.pool(self._demand.model, "prefill"))
         starts.sort(key=lambda s: (s.ttft_s, s.now.replica_id))
         for start in starts[:_STARTS]:
-            if is_short and has_room(start.now, self._demand, self._limits, answers=True):
+            if self._is_short and self._need.can_answer(start.now):
                 yield self._local(start)
             if partners:
-                near = self._decode.nodes.get(start.now.node_id, 0) & self._allowed
-                beside = islice(filter(self._can_answer, self._decode.walk(near)), _EACH)
-                seen = {m.slot: m for m, _ in partners} | {m.slot: m for m in beside}
-                depths = {m.slot: d for m, d in partners}
-                for slot, member in seen.items():
-                    yield self._handed_over(start, member, depths.get(slot))
+                near = decode.nodes.get(start.now.node_id, 0) & self._allowed
+                beside = [m for m in self._first(decode, near) if m.slot not in partners]
+                yield from (self._handed_over(start, partner) for partner in partners.values())
+                yield from (self._handed_over(start, self._partner(m, self._depth(m))) for m in beside)
 
-    def _likely(self, pool: Pool, fits: Callable[[Member], bool]) -> list[tuple[Member, int]]:
+    def _likely(self, pool: Pool) -> list[tuple[Member, int]]:
         """(replica with room, leading blocks that it holds): the longest prefixes, and the least busy."""
-        found: dict[int, tuple[Member, int]] = {}
         among = pool.mask & self._allowed
         if not among:
             return []
+        found: dict[int, tuple[Member, int]] = {}
         for depth, mask in self._fleet.holders.levels(self._demand.chain, among, _LEVELS):
-            for member in islice(filter(fits, pool.walk(mask)), _EACH):
+            for member in self._first(pool, mask):
                 found[member.slot] = (member, depth)
-        for member in islice(filter(fits, pool.walk(among)), _EACH):
+        for member in self._first(pool, among):
             if member.slot not in found:
                 found[member.slot] = (member, self._depth(member))
         return list(found.values())
 
-    def _partners(self) -> list[tuple[Member, int]]:
-        return self._likely(self._decode, self._can_answer)
-
-    def _can_answer(self, member: Member) -> bool:
-        return has_room(member.now, self._demand, self._limits)
+    def _first(self, pool: Pool, among: int) -> list[Member]:
+        """The best few with room."""
+        return pool.best(among, self._need.fits, _EACH)
 
     def _depth(self, member: Member) -> int:
         return self._fleet.holders.depth(self._demand.chain, member.slot)
 
-    def _start(self, member: Member, depth: int) -> _Start | None:
-        """None when its pictures cannot be encoded now."""
-        self._num_seen += 1
-        demand, replica = self._demand, member.now
-        num_uncached = demand.num_prompt_tokens - depth * replica.block_size
-        wait_s, encoding = queue_s(replica), None
-        if demand.num_media:
-            encoding = self._encoding(depth * replica.block_size)
-            if encoding is None:
-                return None
-            wait_s = max(wait_s, encoding.wait_s + transfer_s(encoding.member.now, replica, encoding.num_tokens))
-        return _Start(member, depth, num_uncached, encoding, wait_s + prefill_s(replica, num_uncached))
+    def _starts(self, pool: Pool) -> list[_Start]:
+        """Replicas for the prompt; none when its pictures cannot be encoded now."""
+        found = []
+        for member, depth in self._likely(pool):
+            replica, num_cached = member.now, depth * member.now.block_size
+            num_uncached = self._demand.num_prompt_tokens - num_cached
+            wait_s, encoding = queue_s(replica), None
+            if self._demand.num_media:
+                encoding = self._encoding(num_cached)
+                if encoding is None:
+                    return []
+                moved_s = transfer_s(encoding.member.now, replica, encoding.num_tokens)
+                wait_s = max(wait_s, encoding.wait_s + moved_s)
+            found.append(_Start(replica, depth, num_uncached, encoding, wait_s + prefill_s(replica, num_uncached)))
+        self._num_seen += len(found)
+        return found
 
     def _encoding(self, num_cached: int) -> Encoding | None:
         """The encoder of the pictures that a cached prefix does not cover."""
         covered = sum(p.end <= num_cached for p in self._demand.pictures)
         if covered not in self._encodings:
             self._encodings[covered] = cheapest_encoder(
-                self._demand, covered, self._vision, self._fleet.holders, self._limits, self._allowed
+                self._demand, covered, self._vision, self._fleet.holders, self._need, self._allowed
             )
         return self._encodings[covered]
 
+    def _partner(self, member: Member, depth: int) -> _Partner:
+        num_uncached = self._demand.num_prompt_tokens - depth * member.now.block_size
+        return _Partner(member.now, depth, num_uncached, decode_s(member.now, self._stretch))
+
     def _local(self, start: _Start) -> _Way:
         replica = start.now
-        answer_s = decode_s(replica, self._stretch)
         stalled_s = stall_s(replica, prefill_s(replica, start.num_uncached))
-        return _Way(start.ttft_s + answer_s + stalled_s, start, start.member, start.depth)
+        cost_s = start.ttft_s + decode_s(replica, self._stretch) + stalled_s
+        return cost_s, replica.replica_id, replica.replica_id, start, None
 
-    def _handed_over(self, start: _Start, decode: Member, depth: int | None) -> _Way:
-        depth = self._depth(decode) if depth is None else depth
-        num_tokens = self._demand.num_prompt_tokens - depth * decode.now.block_size
-        moved_s = transfer_s(start.now, decode.now, num_tokens)
-        return _Way(start.ttft_s + moved_s + decode_s(decode.now, self._stretch), start, decode, depth)
+    def _handed_over(self, start: _Start, partner: _Partner) -> _Way:
+        moved_s = transfer_s(start.now, partner.now, partner.num_uncached)
+        cost_s = start.ttft_s + moved_s + partner.answer_s
+        return cost_s, start.now.replica_id, partner.now.replica_id, start, partner
 
     def path(self, way: _Way) -> Path:
         """What was found, with its reasons and promises."""
-        demand, start = self._demand, way.start
-        prefill, decode = start.now, way.decode.now
-        reasons = ["vision none: no media"]
-        promises: list[Promise] = []
-        kinds: list[tuple[str, str]] = []
-        if start.encoding is not None:
-            reasons = [start.encoding.reason]
-            promises.append(start.encoding.promise)
-            kinds.append(("vision", start.encoding.kind))
-        is_local = start.member is way.decode
-        cached = f"{start.depth * prefill.block_size} of {demand.num_prompt_tokens} tokens cached"
-        queue = f"{prefill.waiting_tokens} wait, first token in {start.ttft_s:.3f} s"
-        seen = f"best of {self._num_seen}"
-        blocks = own_blocks(decode, demand, self._limits, answers=True)
-        room = f"needs {blocks} of {decode.free_blocks} free blocks"
-        kinds.append(("prefill", "prefix" if start.depth else "load"))
+        demand, need = self._demand, self._need
+        _, _, _, start, partner = way
+        prefill, encoding = start.now, start.encoding
+        reasons = [encoding.reason if encoding else "vision none: no media"]
+        promises = [encoding.promise] if encoding else []
+        kinds = [("vision", encoding.kind)] if encoding else []
+        blocks = blocks_for(need.prompt_tokens if partner else need.total_tokens, prefill)
+        why = (
+            f"{prefill.role} {prefill.replica_id}: {start.depth * prefill.block_size} of {demand.num_prompt_tokens} tokens "
+            f"cached, {prefill.waiting_tokens} wait, first token in {start.ttft_s:.3f} s, best of {self._num_seen}"
+        )
         items = demand.chain[start.depth : start.depth + _MAX_ITEMS]
-        if is_local:
-            reasons.append(f"{prefill.role} {prefill.replica_id}: {cached}, {queue}, {seen}, {room}")
-            promises.append(Promise(prefill.replica_id, blocks=blocks, tokens=start.num_uncached, items=items))
+        promises.append(Promise(prefill.replica_id, blocks=blocks, tokens=start.num_uncached, items=items))
+        kinds.append(("prefill", "prefix" if start.depth else "load"))
+        if partner is None:
+            reasons.append(f"{why}, needs {blocks} of {prefill.free_blocks} free blocks")
             kinds.append(("decode", "local"))
         else:
-            own = own_blocks(prefill, demand, self._limits, answers=False)
+            decode = partner.now
+            blocks = blocks_for(need.total_tokens, decode)
             place = "the same node" if prefill.node_id == decode.node_id else "another node"
-            held = f"{way.depth * decode.block_size} tokens held"
-            reasons.append(f"prefill {prefill.replica_id}: {cached}, {queue}, {seen}")
-            reasons.append(f"decode {decode.replica_id}: {decode.num_running} run, on {place}, {held}, {room}")
-            promises.append(Promise(prefill.replica_id, blocks=own, tokens=start.num_uncached, items=items))
-            items = demand.chain[way.depth : way.depth + _MAX_ITEMS]
+            reasons += [
+                why,
+                f"decode {decode.replica_id}: {decode.num_running} run, on {place}, {partner.depth * decode.block_size} "
+                f"tokens held, needs {blocks} of {decode.free_blocks} free blocks",
+            ]
+            items = demand.chain[partner.depth : partner.depth + _MAX_ITEMS]
             promises.append(Promise(decode.replica_id, blocks=blocks, items=items))
-            kinds.append(("decode", "prefix" if way.depth else "load"))
+            kinds.append(("decode", "prefix" if partner.depth else "load"))
         return Path(
-            encoder=None if start.encoding is None else start.encoding.member.now.replica_id,
+            encoder=encoding.member.now.replica_id if encoding else None,
             prefill=prefill.replica_id,
-            decode=decode.replica_id,
+            decode=partner.now.replica_id if partner else prefill.replica_id,
             reasons=tuple(reasons),
             promises=tuple(promises),
             kinds=tuple(kinds),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ernie_cluster.config.cluster import Role, RouterConfig
 from ernie_cluster.errors import ContextTooLong, Overloaded
-from ernie_cluster.policy.admission import Refusal, blocks_needed, has_room, never_fits
+from ernie_cluster.policy.admission import Need, Refusal, blocks_for, never_fits
 from ernie_cluster.policy.books import Books
 from ernie_cluster.policy.encoding import choose_encoder
 from ernie_cluster.policy.fleet import Fleet
@@ -112,7 +112,7 @@ def test_a_path_has_room_on_usable_replicas_of_the_right_role(
     by_id = {r.replica_id: r for r in cluster}
     chosen = [by_id[i] for i in (path.encoder, path.prefill, path.decode) if i is not None]
     assert all(r.is_ready and not r.is_draining and r.model == "m" for r in chosen)
-    assert all(has_room(r, demand, LIMITS) for r in chosen)
+    assert all(map(Need.of(demand, LIMITS).fits, chosen))
     assert not exclude & {r.replica_id for r in chosen}
     assert (path.encoder is None) == (demand.num_media == 0)
     assert by_id[path.encoder].role == "vision" if path.encoder else True
@@ -284,7 +284,9 @@ def test_a_mixed_path_says_why_and_what_it_takes() -> None:
 
 @pytest.mark.parametrize(("prompt", "max_tokens", "blocks"), [(30, 8, 3), (16, 16, 2), (16, 17, 3), (1, 10**9, 3)])
 def test_blocks_needed(prompt: int, max_tokens: int, blocks: int) -> None:
-    assert blocks_needed(Demand("m", prompt, max_tokens), 16, reserve_output_tokens=32) == blocks
+    need = Need.of(Demand("m", prompt, max_tokens), LIMITS)
+    assert blocks_for(need.tokens(D0), D0) == blocks_for(need.tokens(M0), M0) == blocks
+    assert blocks_for(need.tokens(P0), P0) == -(-prompt // 16)
 
 
 @given(CLUSTERS, st.integers(1, 400), EXCLUDED)
