@@ -7,6 +7,7 @@ good for finding a place where something probably is, while the place itself com
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -53,7 +54,7 @@ class Delta:
 
 
 class DeltaLog:
-    """Owns a set of numbers and remembers its last changes.
+    """Owns a set of numbers and remembers its last changes; for any thread.
 
     Args:
         max_changes: how many.
@@ -64,8 +65,8 @@ class DeltaLog:
         self._items: dict[int, None] = {}
         self._changes: deque[tuple[int, bool]] = deque(maxlen=max_changes)  # (item, whether it came)
         self._max_per_delta = max_per_delta
-        self.version = 0
-        """Changes so far."""
+        self._version = 0  # changes so far
+        self._lock = threading.Lock()
 
     def __contains__(self, item: int) -> bool:
         return item in self._items
@@ -78,24 +79,26 @@ class DeltaLog:
 
     def add(self, item: int) -> None:
         """Put an item in; one that is there changes nothing."""
-        if item not in self._items:
-            self._items[item] = None
-            self._note(item, came=True)
+        with self._lock:
+            if item not in self._items:
+                self._items[item] = None
+                self._note(item, came=True)
 
     def remove(self, item: int) -> None:
         """Take an item out; one that is not there changes nothing."""
-        if item in self._items:
-            del self._items[item]
-            self._note(item, came=False)
+        with self._lock:
+            if item in self._items:
+                del self._items[item]
+                self._note(item, came=False)
 
     def since(self, version: int | None) -> Delta:
         """What has changed since `version`, or the whole set; None = nothing was seen yet."""
-        oldest = self.version - len(self._changes)
-        if version is None or not oldest <= version <= self.version:
-            return Delta(None, self.version, _packed(self._items))
-        count = min(self.version - version, self._max_per_delta)
-        first = version - oldest
-        last = dict(_middle(self._changes, first, count))  # of each item, whether it is there in the end
+        with self._lock:
+            oldest = self._version - len(self._changes)
+            if version is None or not oldest <= version <= self._version:
+                return Delta(None, self._version, _packed(self._items))
+            count = min(self._version - version, self._max_per_delta)
+            last = dict(_middle(self._changes, version - oldest, count))  # of each item, whether it is there in the end
         return Delta(
             version,
             version + count,
@@ -105,7 +108,7 @@ class DeltaLog:
 
     def _note(self, item: int, *, came: bool) -> None:
         self._changes.append((item, came))
-        self.version += 1
+        self._version += 1
 
 
 def _middle(changes: deque[tuple[int, bool]], first: int, count: int) -> list[tuple[int, bool]]:

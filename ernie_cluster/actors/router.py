@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 import ray
 
 from ernie_cluster.actors import background
-from ernie_cluster.actors.direct import Address, DirectServer
-from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route
+from ernie_cluster.actors.direct import Address, DirectPeer, DirectServer
+from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route, Told
 from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.policy.admission import Refusal
-from ernie_cluster.policy.routing import choose_encoder, choose_path
-from ernie_cluster.policy.snapshot import Books, Demand, ReplicaSnapshot
+from ernie_cluster.policy.books import Books
+from ernie_cluster.policy.encoding import choose_encoder
+from ernie_cluster.policy.routing import choose_path
+from ernie_cluster.policy.snapshot import Demand, ReplicaSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -116,16 +118,14 @@ class Router:
             None if path.is_mixed else self._replicas[path.decode],
         )
 
-    async def acquire_encoder(
-        self, key: str, model: str, num_tokens: int, exclude: Sequence[str], timeout_s: float
-    ) -> ReplicaInfo:
-        """Decide which vision replica encodes a picture that belongs to no prompt, and book it.
+    async def acquire_encoder(self, key: str, demand: Demand, exclude: Sequence[str], timeout_s: float) -> ReplicaInfo:
+        """Decide which vision replica encodes pictures that belong to no prompt, and book it.
 
-        Arguments and errors as of `acquire`; `num_tokens` are the picture's.
+        Arguments and errors as of `acquire`.
         """
         self._touch()
         self._books.release(key)
-        promise = await self._settled(partial(choose_encoder, model, num_tokens), exclude)
+        promise = await self._settled(partial(choose_encoder, demand), exclude)
         self._books.promise(key, (promise,), time.monotonic() + timeout_s)
         return self._replicas[promise.replica_id]
 
@@ -186,7 +186,7 @@ class Router:
     async def _settled(self, choose: Callable[..., T | Refusal], exclude: Sequence[str]) -> T:
         """What the policy decides now, or while this router is young: soon; raises its refusal."""
         while True:
-            found = choose(self._books.view(time.monotonic()), self._limits, exclude=frozenset(exclude))
+            found = choose(self._books.fleet(time.monotonic()), self._limits, exclude=frozenset(exclude))
             if not isinstance(found, Refusal):
                 return found
             if time.monotonic() - self._started_s > _SETTLE_S:
@@ -206,15 +206,18 @@ class Router:
             watcher.cancel()
 
     async def _watch(self, info: ReplicaInfo) -> None:
-        """Ask one replica for its load, over and over; forget it when it does not answer in time."""
+        """Ask one replica what is new, over and over; forget it when it does not answer in time."""
+        peer: DirectPeer | None = None
         try:
-            actor = ray.get_actor(info.actor_name, NAMESPACE)
+            peer = await DirectPeer.connect(info.address, info.replica_id)
             while True:
                 asked = time.monotonic()
                 async with asyncio.timeout(self._limits.heartbeat_timeout_s):
-                    load = await actor.snapshot.remote()
+                    told: Told = await peer.call("tell", self._books.seen(info.replica_id))
                 now = time.monotonic()
-                self._books.report(self._snapshot(info, load, age_s=now - asked), now)
+                age_s = max(0.0, now - asked - told.held_s)
+                self._books.report(self._snapshot(info, told.load, age_s), now)
+                self._books.cached(info.replica_id, told.cached)
                 await asyncio.sleep(self._limits.snapshot_interval_s)
         except asyncio.CancelledError:
             raise
@@ -222,6 +225,9 @@ class Router:
             log.warning("%s does not answer: %s", info.replica_id, e)
             self._watchers.pop(info.replica_id, None)
             self._forget(info.replica_id)
+        finally:
+            if peer is not None:
+                await peer.close()
 
     def _snapshot(self, info: ReplicaInfo, load: Load, age_s: float) -> ReplicaSnapshot:
         return ReplicaSnapshot(
@@ -239,6 +245,8 @@ class Router:
             total_blocks=load.total_blocks,
             block_size=self._config.model(info.model).engine.block_size,
             age_s=age_s,
+            rates=load.rates,
+            token_bytes=load.token_bytes,
         )
 
     async def _exit_when_idle(self) -> None:

@@ -16,12 +16,14 @@ import numpy as np
 
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.deltas import Delta
 from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.block_pool import BlockPool
 from ernie_cluster.engine.engine import Engine, Outcome
 from ernie_cluster.engine.handover import KVSender
 from ernie_cluster.engine.inbox import Inbox
 from ernie_cluster.engine.leases import LeaseTable
+from ernie_cluster.engine.pace import Line
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.sampler import SamplerRow
 from ernie_cluster.engine.scheduler import Schedule, Scheduler
@@ -75,6 +77,10 @@ class WorkerSnapshot:
     preemptions: int
     kv_bytes_sent: int
     kv_bytes_received: int
+    reading: Line | None = None
+    """Steps with tokens of prompts, by tokens; None before the first."""
+    writing: Line | None = None
+    """Steps in which each sequence gets one token, by sequences."""
 
 
 class Worker:
@@ -239,7 +245,14 @@ class Worker:
                 preemptions=counters.preemptions,
                 kv_bytes_sent=self.sender.bytes_sent,
                 kv_bytes_received=self.inbox.bytes_received,
+                reading=engine.reading.line,
+                writing=engine.writing.line,
             )
+
+    def cached(self, since: int | None) -> Delta:
+        """How the prefix cache has changed since a version; None = all of it."""
+        with self.engine.lock:
+            return self.pool.log.since(since)
 
     def check(self) -> bool:
         """Invariants, and that every used block belongs to a sequence or a lease."""
