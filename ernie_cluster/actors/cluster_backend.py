@@ -30,6 +30,7 @@ from ernie_cluster.errors import DeadlineExceeded, Overloaded, ReplicaError, Rep
 from ernie_cluster.observe.metrics import Metrics
 from ernie_cluster.policy.demand import demand_of, demand_of_picture
 from ernie_cluster.policy.snapshot import Demand
+from ernie_cluster.policy.waiting import patience_s
 from ernie_cluster.request import GenerationRequest, MediaInput, Span, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class ClusterBackend:
 
     async def _booked(self, method: str, key: str, demand: Demand, *, lost: set[str]) -> Any:
         """Let the router book something; one that has died is started again and asked again."""
-        deadline = time.monotonic() + _CALL_TIMEOUT_S
+        deadline = time.monotonic() + _CALL_TIMEOUT_S + patience_s(demand, self._config.router)
         while True:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):

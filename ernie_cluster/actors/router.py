@@ -19,13 +19,14 @@ import ray
 from ernie_cluster.actors import background
 from ernie_cluster.actors.direct import Address, DirectPeer, DirectServer
 from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route, Told
+from ernie_cluster.actors.queue import Queue
 from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.books import Books
 from ernie_cluster.policy.encoding import choose_encoder
-from ernie_cluster.policy.routing import choose_path
 from ernie_cluster.policy.snapshot import Demand, ReplicaSnapshot
+from ernie_cluster.policy.waiting import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Router:
         self._replicas: dict[str, ReplicaInfo] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._started_s = self._last_seen_s = time.monotonic()
+        self._queue = Queue(self._books, self._limits, settled_s=self._started_s + _SETTLE_S)
         self._idle_watch: asyncio.Task[None] | None = None
         self._address: asyncio.Task[Address] | None = None
 
@@ -104,12 +106,12 @@ class Router:
             timeout_s: the booking lapses after this.
 
         Raises:
-            Overloaded: no path has room now.
+            Overloaded: no path has room now, nor soon enough for a request that may wait.
         """
         self._touch()
         self._books.release(key)
-        path = await self._settled(partial(choose_path, demand), exclude)
-        self._books.promise(key, path.promises, time.monotonic() + timeout_s)
+        ticket = Ticket.of(key, demand, frozenset(exclude), self._limits, time.monotonic())
+        path = await self._queue.place(ticket, timeout_s)
         log.debug("%s: %s", key, "; ".join(path.reasons))
         return Route(
             path,
@@ -138,6 +140,7 @@ class Router:
         """Attempts that are over."""
         for key in keys:
             self._books.release(key)
+            self._queue.give_up(key)
 
     async def lost(self, replica_id: str) -> None:
         """A client could not reach a replica: no work for it until it answers again."""

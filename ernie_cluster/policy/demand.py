@@ -27,6 +27,9 @@ def demand_of(request: GenerationRequest, engine: EngineConfig) -> Demand:
         media_tokens=sum(m.num_tokens for m in request.media),
         chain=tuple(map(short_hash, chain[: (num_tokens - 1) // engine.block_size])),
         pictures=tuple(Picture(short_hash(m.media_hash), m.end, m.num_tokens) for m in request.media),
+        priority=request.priority,
+        tenant=request.tenant,
+        timeout_s=request.timeout_s,
     )
 
 

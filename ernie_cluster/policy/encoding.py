@@ -83,25 +83,36 @@ def cheapest_encoder(
         for member in vision.best(mask & among, need.fits, _EACH):
             found.setdefault(member.slot, (member, _HOMES))
     options = [_weighed(demand, pictures, masks, member, place) for member, place in found.values()]
-    return min(options, key=lambda o: (o[0], o[1].member.rank), default=(0.0, None))[1]
+    best = min(options, default=None)
+    return None if best is None else _encoding(demand, pictures, masks, *found[best[2]])
 
 
 def _weighed(
     demand: Demand, pictures: tuple[Picture, ...], masks: list[int], member: Member, place: int
-) -> tuple[float, Encoding]:
-    """(cost in seconds, what it would be)."""
+) -> tuple[float, tuple[float, str], int]:
+    """(cost in seconds, rank, slot)."""
+    num_pictures, num_tokens = demand.num_media, demand.media_tokens
+    if demand.pictures:
+        num_pictures = num_tokens = 0
+        for picture, mask in zip(pictures, masks, strict=True):  # one that comes twice counts twice, everywhere
+            if not mask >> member.slot & 1:
+                num_pictures += 1
+                num_tokens += picture.num_tokens
+    work_s = encode_s(member.now, num_pictures, num_tokens)
+    stray = _STRAY_WEIGHT * place / _HOMES if demand.pictures else 0.0
+    return queue_s(member.now) + (1 + stray) * work_s, member.rank, member.slot
+
+
+def _encoding(demand: Demand, pictures: tuple[Picture, ...], masks: list[int], member: Member, place: int) -> Encoding:
     missing = {p.item: p for p, mask in zip(pictures, masks, strict=True) if not mask & member.bit}
     num_pictures, num_tokens = len(missing), sum(p.num_tokens for p in missing.values())
+    kind = "load" if place else "home"
     if not demand.pictures:
         num_pictures, num_tokens = demand.num_media, demand.media_tokens
-    work_s = encode_s(member.now, num_pictures, num_tokens)
-    wait_s = queue_s(member.now) + work_s
-    kind = "load" if place else "home"
-    if not missing and demand.pictures:
+    elif not missing:
         kind = "cached"
-    stray = _STRAY_WEIGHT * place / _HOMES if demand.pictures else 0.0
-    encoding = Encoding(member, wait_s, num_pictures, num_tokens, kind, tuple(missing))
-    return wait_s + stray * work_s, encoding
+    wait_s = queue_s(member.now) + encode_s(member.now, num_pictures, num_tokens)
+    return Encoding(member, wait_s, num_pictures, num_tokens, kind, tuple(missing))
 
 
 def choose_encoder(

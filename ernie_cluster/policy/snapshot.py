@@ -90,6 +90,12 @@ class Demand:
     """`short_hash` of each full block that a prefix cache could cover; the block of the last token never is one."""
     pictures: tuple[Picture, ...] = ()
     """What is to be encoded, in prompt order; empty where nobody knows more than the two numbers above."""
+    priority: int = 0
+    """Lower is more urgent; above 0 is batch work, which may wait for a place."""
+    tenant: str = ""
+    """Whose request it is; tenants share what there is."""
+    timeout_s: float = 600.0
+    """When its answer must be finished, from now."""
 
     def __post_init__(self) -> None:
         assert self.num_prompt_tokens >= 1, f"num_prompt_tokens = {self.num_prompt_tokens}"

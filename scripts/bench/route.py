@@ -2,7 +2,7 @@
 
     python scripts/bench/route.py [--trace FILE] [--replicas 1000] [--cached 10000]
 
-Decisions: CPU time, so that a machine that others use as well does not matter.
+Decisions: CPU time, and the least of five tries at each, for the neighbours on a shared machine count for nothing here.
 Caches: prompts arrive as in a trace, at mixed replicas that work at a fixed rate, each with a cache that drops what was
 used longest ago; deltas and snapshots reach the router every 0.1 s. Without `--trace` (JSON lines as Mooncake publishes
 them: timestamp in ms, input_length, output_length, hash_ids of blocks of 512 tokens) chats are made up.
@@ -20,6 +20,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path as File
 
 from ernie_cluster.config.cluster import Role, RouterConfig
@@ -97,10 +98,11 @@ def measure_decisions(num_replicas: int, num_cached: int, num_decisions: int = 5
         demands = [make() for _ in range(num_decisions // len(kinds))]
         chosen, booked = [], []
         for number, wanted in enumerate(demands):
-            start = time.thread_time()
-            found = choose_path(wanted, books.fleet(0.0), LIMITS)
-            chosen.append(time.thread_time() - start)
+            decide = partial(choose_path, wanted, books.fleet(0.0), LIMITS)
+            chosen.append(min(_seconds(decide) for _ in range(5)))
+            found = decide()
             assert isinstance(found, Path)
+            start = time.thread_time()
             books.promise(str(number), found.promises, 1e9)
             books.release(str(number))
             booked.append(time.thread_time() - start)
