@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ernie_cluster.config.cluster import RouterConfig
 from ernie_cluster.deltas import DeltaLog
+from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.books import Books
 from ernie_cluster.policy.cost import decode_s, prefill_s, queue_s
 from ernie_cluster.policy.fleet import Fleet
@@ -272,3 +273,27 @@ def test_a_ring_forgets_who_leaves() -> None:
     assert all(a == b for a, b in zip(after, before, strict=True) if b != 1)
     assert 1 not in after
     assert list(Ring().homes(5)) == []
+
+
+# ---- refusals
+
+
+def retry_of(*cluster: ReplicaSnapshot) -> float:
+    refusal = choose_path(TEXT, Fleet.of(cluster), replace(LIMITS, retry_after_s=0.001))
+    assert isinstance(refusal, Refusal)
+    assert refusal.retry_after_s is not None
+    return refusal.retry_after_s
+
+
+def test_a_retry_is_worth_while_when_the_queue_has_room() -> None:
+    assert retry_of(replace(P0, waiting_tokens=1999, rates=Rates(token_s=0.001)), D0) == pytest.approx(1.0)
+    assert retry_of(replace(P0, waiting_tokens=5999, rates=Rates(token_s=0.001)), D0) == pytest.approx(5.0)
+    idle, busy = replace(P0, waiting_tokens=1099), replace(P1, waiting_tokens=9999)
+    assert retry_of(idle, busy, D0) == retry_of(idle, D0)  # the first one that has room counts
+    assert retry_of(replace(P0, waiting_tokens=10**7), D0) == 60
+
+
+def test_a_retry_is_worth_while_when_answers_have_ended() -> None:
+    few, more = replace(D0, free_blocks=8), replace(D0, free_blocks=0)
+    assert 0.001 < retry_of(P0, few) < retry_of(P0, more)
+    assert retry_of(P0, replace(more, rates=Rates(step_s=0.1))) > retry_of(P0, more)
