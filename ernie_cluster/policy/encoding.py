@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
+from operator import and_, or_
 
 from ernie_cluster.config.cluster import RouterConfig
 from ernie_cluster.policy.admission import Need, Refusal, refuse_encoding
 from ernie_cluster.policy.cost import encode_s, queue_s
 from ernie_cluster.policy.fleet import Fleet, Member, Pool
 from ernie_cluster.policy.holders import Holders
-from ernie_cluster.policy.snapshot import Demand, Picture, Promise
+from ernie_cluster.policy.snapshot import Demand, Promise
 
 _HOMES = 2
 """A picture's home, and where it goes when that is full."""
@@ -55,64 +57,77 @@ class Encoding:
         return f"vision {now.replica_id}: {self.kind}, {self.num_tokens} tokens to encode, {now.waiting_tokens} wait"
 
 
-def cheapest_encoder(
-    demand: Demand, num_covered: int, vision: Pool, holders: Holders, need: Need, allowed: int
-) -> Encoding | None:
-    """The encoder with the least to do for the pictures of a request, or None where none has room.
+class Encoders:
+    """The encoders that come into question for the pictures of one request.
 
     Args:
-        num_covered: leading pictures that need no encoding. With all of them covered there still is an encoder: a cache
-            may have lost by then what it told.
+        need: of that request.
         allowed: the replicas that may be chosen.
     """
-    among = vision.mask & allowed
-    pictures = demand.pictures[num_covered:]
-    masks = [holders.of(picture.item) for picture in pictures]
-    found: dict[int, tuple[Member, int]] = {}  # (encoder, its place among the homes)
-    if demand.pictures:
-        first = (pictures or demand.pictures)[0]
-        for slot in islice(vision.ring.homes(first.item), _REACH):
-            if slot in found or not among >> slot & 1:
-                continue
-            member = vision.member(slot)
-            if need.fits(member.now):
-                found[slot] = (member, len(found))
-                if len(found) == _HOMES:
-                    break
-    for mask in {*masks, among}:
-        for member in vision.best(mask & among, need.fits, _EACH):
-            found.setdefault(member.slot, (member, _HOMES))
-    options = [_weighed(demand, pictures, masks, member, place) for member, place in found.values()]
-    best = min(options, default=None)
-    return None if best is None else _encoding(demand, pictures, masks, *found[best[2]])
 
+    def __init__(self, demand: Demand, vision: Pool, holders: Holders, need: Need, allowed: int) -> None:
+        self._demand = demand
+        self._masks = [holders.of(picture.item) for picture in demand.pictures]
+        self._found: dict[int, tuple[Member, int]] = {}  # by slot: (encoder, its place among the homes)
+        self._chosen: dict[int, Encoding | None] = {}  # by number of leading pictures that are covered
+        among = vision.mask & allowed
+        wanted = {among}
+        if self._masks:
+            self._find_homes(vision, need, among)
+            wanted |= {self._masks[0], reduce(and_, self._masks), reduce(or_, self._masks)}
+        for mask in wanted:
+            for member in vision.best(mask & among, need.fits, _EACH):
+                self._found.setdefault(member.slot, (member, _HOMES))
 
-def _weighed(
-    demand: Demand, pictures: tuple[Picture, ...], masks: list[int], member: Member, place: int
-) -> tuple[float, tuple[float, str], int]:
-    """(cost in seconds, rank, slot)."""
-    num_pictures, num_tokens = demand.num_media, demand.media_tokens
-    if demand.pictures:
-        num_pictures = num_tokens = 0
-        for picture, mask in zip(pictures, masks, strict=True):  # one that comes twice counts twice, everywhere
-            if not mask >> member.slot & 1:
-                num_pictures += 1
-                num_tokens += picture.num_tokens
-    work_s = encode_s(member.now, num_pictures, num_tokens)
-    stray = _STRAY_WEIGHT * place / _HOMES if demand.pictures else 0.0
-    return queue_s(member.now) + (1 + stray) * work_s, member.rank, member.slot
+    def _find_homes(self, vision: Pool, need: Need, among: int) -> None:
+        """Those of the first picture: a chat that goes on stays with the encoder that has seen it."""
+        for slot in islice(vision.ring.homes(self._demand.pictures[0].item), _REACH):
+            if slot not in self._found and among >> slot & 1:
+                member = vision.member(slot)
+                if need.fits(member.now):
+                    self._found[slot] = (member, len(self._found))
+                    if len(self._found) == _HOMES:
+                        return
 
+    def cheapest(self, num_covered: int) -> Encoding | None:
+        """The one with the least to do, or None where none has room.
 
-def _encoding(demand: Demand, pictures: tuple[Picture, ...], masks: list[int], member: Member, place: int) -> Encoding:
-    missing = {p.item: p for p, mask in zip(pictures, masks, strict=True) if not mask & member.bit}
-    num_pictures, num_tokens = len(missing), sum(p.num_tokens for p in missing.values())
-    kind = "load" if place else "home"
-    if not demand.pictures:
+        Args:
+            num_covered: leading pictures that need no encoding. With all of them covered there still is an encoder: a
+                cache may have lost by then what it told.
+        """
+        if num_covered not in self._chosen:
+            best = min((self._weighed(num_covered, *found) for found in self._found.values()), default=None)
+            self._chosen[num_covered] = None if best is None else self._encoding(num_covered, *self._found[best[2]])
+        return self._chosen[num_covered]
+
+    def _weighed(self, num_covered: int, member: Member, place: int) -> tuple[float, tuple[float, str], int]:
+        """(cost in seconds, rank, slot)."""
+        demand, slot = self._demand, member.slot
         num_pictures, num_tokens = demand.num_media, demand.media_tokens
-    elif not missing:
-        kind = "cached"
-    wait_s = queue_s(member.now) + encode_s(member.now, num_pictures, num_tokens)
-    return Encoding(member, wait_s, num_pictures, num_tokens, kind, tuple(missing))
+        stray = 0.0
+        if demand.pictures:
+            stray = _STRAY_WEIGHT * place / _HOMES
+            num_pictures = num_tokens = 0
+            for i in range(num_covered, len(self._masks)):  # one that comes twice counts twice, everywhere
+                if not self._masks[i] >> slot & 1:
+                    num_pictures += 1
+                    num_tokens += demand.pictures[i].num_tokens
+        work_s = encode_s(member.now, num_pictures, num_tokens)
+        return queue_s(member.now) + (1 + stray) * work_s, member.rank, slot
+
+    def _encoding(self, num_covered: int, member: Member, place: int) -> Encoding:
+        demand = self._demand
+        uncovered = zip(demand.pictures[num_covered:], self._masks[num_covered:], strict=True)
+        missing = {p.item: p for p, mask in uncovered if not mask & member.bit}
+        num_pictures, num_tokens = len(missing), sum(p.num_tokens for p in missing.values())
+        kind = "load" if place else "home"
+        if not demand.pictures:
+            num_pictures, num_tokens = demand.num_media, demand.media_tokens
+        elif not missing:
+            kind = "cached"
+        wait_s = queue_s(member.now) + encode_s(member.now, num_pictures, num_tokens)
+        return Encoding(member, wait_s, num_pictures, num_tokens, kind, tuple(missing))
 
 
 def choose_encoder(
@@ -123,8 +138,8 @@ def choose_encoder(
     Args:
         exclude: as of `choose_path`.
     """
-    pool = fleet.pool(demand.model, "vision")
-    found = cheapest_encoder(demand, 0, pool, fleet.holders, Need.of(demand, limits), ~fleet.bits(exclude))
+    pool, need = fleet.pool(demand.model, "vision"), Need.of(demand, limits)
+    found = Encoders(demand, pool, fleet.holders, need, ~fleet.bits(exclude)).cheapest(0)
     if found is None:
         return refuse_encoding(demand, fleet, limits, exclude=exclude)
     return found.promise

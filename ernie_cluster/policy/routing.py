@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ernie_cluster.config.cluster import RouterConfig
 from ernie_cluster.policy.admission import Need, Refusal, blocks_for, never_fits, refuse
 from ernie_cluster.policy.cost import decode_s, prefill_s, queue_s, stall_s, transfer_s
-from ernie_cluster.policy.encoding import Encoding, cheapest_encoder
+from ernie_cluster.policy.encoding import Encoders, Encoding
 from ernie_cluster.policy.fleet import Fleet, Member, Pool
 from ernie_cluster.policy.snapshot import Demand, Promise, ReplicaSnapshot
 
@@ -101,8 +101,9 @@ class _Search:
         self._need = Need.of(demand, limits)
         self._is_short = demand.num_prompt_tokens <= limits.local_decode_tokens
         self._stretch = self._need.total_tokens - self._need.prompt_tokens
-        self._vision = fleet.pool(demand.model, "vision")
-        self._encodings: dict[int, Encoding | None] = {}  # by number of leading pictures that are covered
+        if demand.num_media:
+            vision = fleet.pool(demand.model, "vision")
+            self._encoders = Encoders(demand, vision, fleet.holders, self._need, allowed)
         self._num_seen = 0
 
     def ways(self) -> Iterator[_Way]:
@@ -164,12 +165,7 @@ class _Search:
 
     def _encoding(self, num_cached: int) -> Encoding | None:
         """The encoder of the pictures that a cached prefix does not cover."""
-        covered = sum(p.end <= num_cached for p in self._demand.pictures)
-        if covered not in self._encodings:
-            self._encodings[covered] = cheapest_encoder(
-                self._demand, covered, self._vision, self._fleet.holders, self._need, self._allowed
-            )
-        return self._encodings[covered]
+        return self._encoders.cheapest(sum(p.end <= num_cached for p in self._demand.pictures))
 
     def _partner(self, member: Member, depth: int) -> _Partner:
         num_uncached = self._demand.num_prompt_tokens - depth * member.now.block_size

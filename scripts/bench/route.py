@@ -2,7 +2,7 @@
 
     python scripts/bench/route.py [--trace FILE] [--replicas 1000] [--cached 10000]
 
-Decisions: CPU time, and the least of five tries at each, for the neighbours on a shared machine count for nothing here.
+Decisions: CPU time, and the least of fifteen tries at each, for the neighbours on a shared machine count for nothing here.
 Caches: prompts arrive as in a trace, at mixed replicas that work at a fixed rate, each with a cache that drops what was
 used longest ago; deltas and snapshots reach the router every 0.1 s. Without `--trace` (JSON lines as Mooncake publishes
 them: timestamp in ms, input_length, output_length, hash_ids of blocks of 512 tokens) chats are made up.
@@ -56,7 +56,7 @@ def snapshot(replica_id: str, role: Role, block_size: int = 16) -> ReplicaSnapsh
 # ---- time of a decision
 
 
-def measure_decisions(num_replicas: int, num_cached: int, num_decisions: int = 5000) -> None:
+def measure_decisions(num_replicas: int, num_cached: int, num_decisions: int = 2000) -> None:
     chance = random.Random(1)
     books = Books(heartbeat_timeout_s=1e9)
     shares: tuple[tuple[Role, int], ...] = (("vision", 2), ("prefill", 4), ("decode", 3), ("mixed", 1))
@@ -99,7 +99,7 @@ def measure_decisions(num_replicas: int, num_cached: int, num_decisions: int = 5
         chosen, booked = [], []
         for number, wanted in enumerate(demands):
             decide = partial(choose_path, wanted, books.fleet(0.0), LIMITS)
-            chosen.append(min(_seconds(decide) for _ in range(5)))
+            chosen.append(min(_seconds(decide) for _ in range(15)))
             found = decide()
             assert isinstance(found, Path)
             start = time.thread_time()
