@@ -78,6 +78,7 @@ class Encoders:
         for mask in wanted:
             for member in vision.best(mask & among, need.fits, _EACH):
                 self._found.setdefault(member.slot, (member, _HOMES))
+        self._missing = {slot: self._tails(1 << slot) for slot in self._found}
 
     def _find_homes(self, vision: Pool, need: Need, among: int) -> None:
         """Those of the first picture: a chat that goes on stays with the encoder that has seen it."""
@@ -103,18 +104,26 @@ class Encoders:
 
     def _weighed(self, num_covered: int, member: Member, place: int) -> tuple[float, tuple[float, str], int]:
         """(cost in seconds, rank, slot)."""
-        demand, slot = self._demand, member.slot
-        num_pictures, num_tokens = demand.num_media, demand.media_tokens
-        stray = 0.0
-        if demand.pictures:
-            stray = _STRAY_WEIGHT * place / _HOMES
-            num_pictures = num_tokens = 0
-            for i in range(num_covered, len(self._masks)):  # one that comes twice counts twice, everywhere
-                if not self._masks[i] >> slot & 1:
-                    num_pictures += 1
-                    num_tokens += demand.pictures[i].num_tokens
-        work_s = encode_s(member.now, num_pictures, num_tokens)
-        return queue_s(member.now) + (1 + stray) * work_s, member.rank, slot
+        work_s = encode_s(member.now, *self._missing[member.slot][num_covered])
+        stray = _STRAY_WEIGHT * place / _HOMES if self._masks else 0.0
+        return queue_s(member.now) + (1 + stray) * work_s, member.rank, member.slot
+
+    def _tails(self, bit: int) -> list[tuple[int, int]]:
+        """(pictures, tokens) that a replica has to encode, by number of leading pictures that are covered.
+
+        One that comes twice counts twice, everywhere.
+        """
+        num_pictures = num_tokens = 0
+        if not self._masks:
+            return [(self._demand.num_media, self._demand.media_tokens)]
+        tails = [(0, 0)]
+        for picture, mask in zip(reversed(self._demand.pictures), reversed(self._masks), strict=True):
+            if not mask & bit:
+                num_pictures += 1
+                num_tokens += picture.num_tokens
+            tails.append((num_pictures, num_tokens))
+        tails.reverse()
+        return tails
 
     def _encoding(self, num_covered: int, member: Member, place: int) -> Encoding:
         demand = self._demand
