@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -38,7 +38,7 @@ CHAIN = (11, 12, 13, 14, 15, 16)
 PROMPT = replace(TEXT, chain=CHAIN)  # 100 tokens, 6 blocks of 16 and 4 tokens
 
 
-def with_caches(replicas: Iterable[ReplicaSnapshot], caches: dict[str, Iterable[int]]) -> Fleet:
+def with_caches(replicas: Iterable[ReplicaSnapshot], caches: Mapping[str, Iterable[int]]) -> Fleet:
     fleet = Fleet.of(replicas)
     for replica_id, items in caches.items():
         member, log = fleet.member(replica_id), DeltaLog()
