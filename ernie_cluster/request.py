@@ -182,6 +182,9 @@ class GenerationRequest:
     """Of the sequences that wait on an engine, those with a lower number start first, and when KV blocks run out they keep
     theirs longer. Nothing ages: under a steady stream of lower numbers the others wait until their deadline."""
 
+    tenant: str = ""
+    """Name of the API key that it came with; where requests wait, the tenants take turns."""
+
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)

@@ -27,7 +27,10 @@ from ernie_cluster.actors.messages import EncodeTask, ReplicaInfo, Route
 from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.errors import DeadlineExceeded, Overloaded, ReplicaError, ReplicaLost
+from ernie_cluster.observe.metrics import Metrics
+from ernie_cluster.policy.demand import demand_of, demand_of_picture
 from ernie_cluster.policy.snapshot import Demand
+from ernie_cluster.policy.waiting import patience_s
 from ernie_cluster.request import GenerationRequest, MediaInput, Span, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -45,8 +48,8 @@ _RECOVERY_S = 60.0
 class ClusterBackend:
     """Implements `api.backend.Backend`; lives on the API replica's event loop."""
 
-    def __init__(self, app: str, config: ClusterConfig) -> None:
-        self._config = config
+    def __init__(self, app: str, config: ClusterConfig, metrics: Metrics) -> None:
+        self._config, self._metrics = config, metrics
         self._client_id = uuid.uuid4().hex
         self._router = router_line(app, config)
         self._links: dict[str, Link] = {}
@@ -151,8 +154,7 @@ class ClusterBackend:
         to_abort: list[Link] = []
         try:
             route = await self._acquire(request, lost)
-            why = "; ".join(route.path.reasons)
-            spans.append(Span("route", start, time.time() - start, (("why", why),)))
+            self._note_route(route, request.model, start, spans)
             try:
                 links += map(self._link, route.replicas)
                 to_abort = links
@@ -176,10 +178,19 @@ class ClusterBackend:
                 link.unsubscribe(key)
             self._in_background(self._end(key, to_abort))
 
+    def _note_route(self, route: Route, model: str, start_s: float, spans: list[Span]) -> None:
+        """Into the timeline and the metrics: what was decided, and why."""
+        took_s, path = time.time() - start_s, route.path
+        detail = (("why", "; ".join(path.reasons)), ("expected_ttft_s", round(path.ttft_s, 6)))
+        spans.append(Span("route", start_s, took_s, detail))
+        self._metrics.observe("ernie_route_seconds", took_s, model=model)
+        for stage, why in path.kinds:
+            self._metrics.inc("ernie_route_choices_total", model=model, stage=stage, why=why)
+
     async def _embed(self, key: str, model: str, media: MediaInput, lost: set[str]) -> NDArray[np.float32]:
         links: list[Link] = []
         try:
-            info: ReplicaInfo = await self._booked("acquire_encoder", key, model, media.num_tokens, lost=lost)
+            info: ReplicaInfo = await self._booked("acquire_encoder", key, demand_of_picture(model, media), lost=lost)
             links.append(self._link(info))
             try:
                 vector: NDArray[np.float32] = await links[0].call("embed", key, media)
@@ -193,25 +204,18 @@ class ClusterBackend:
 
     async def _acquire(self, request: GenerationRequest, lost: set[str]) -> Route:
         """Ask the router for a path."""
-        num_done = len(request.output_token_ids)
-        demand = Demand(
-            model=request.model,
-            num_prompt_tokens=request.num_prompt_tokens + num_done,
-            max_tokens=max(1, request.sampling.max_tokens - num_done),
-            num_media=len(request.media),
-            media_tokens=sum(m.num_tokens for m in request.media),
-        )
+        demand = demand_of(request, self._config.model(request.model).engine)
         route: Route = await self._booked("acquire", request.request_id, demand, lost=lost)
         return route
 
-    async def _booked(self, method: str, key: str, *demand: Any, lost: set[str]) -> Any:
+    async def _booked(self, method: str, key: str, demand: Demand, *, lost: set[str]) -> Any:
         """Let the router book something; one that has died is started again and asked again."""
-        deadline = time.monotonic() + _CALL_TIMEOUT_S
+        deadline = time.monotonic() + _CALL_TIMEOUT_S + patience_s(demand, self._config.router)
         while True:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     return await self._router.call(
-                        method, key, *demand, sorted(lost), self._config.router.lease_timeout_s
+                        method, key, demand, sorted(lost), self._config.router.lease_timeout_s
                     )
             except Exception as e:
                 error = translate(e, "the router")

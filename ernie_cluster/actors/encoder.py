@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import OrderedDict
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch.nn import functional
 from ernie_cluster.actors import process
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.deltas import DeltaLog, short_hash
+from ernie_cluster.engine.pace import Pace
 from ernie_cluster.engine.slices import EMBED_PIECE
 from ernie_cluster.errors import EngineFailed
 from ernie_cluster.model.build import build_vision, torch_dtype
@@ -33,6 +36,8 @@ class EmbeddingCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self.num_bytes = max_bytes, 0
+        self.log = DeltaLog()
+        """Which pictures are here."""
         self._entries: OrderedDict[bytes, NDArray[np.uint8]] = OrderedDict()
 
     def get(self, digest: bytes) -> NDArray[np.uint8] | None:
@@ -45,9 +50,11 @@ class EmbeddingCache:
             return
         self._entries[digest] = embeds
         self.num_bytes += embeds.nbytes
+        self.log.add(short_hash(digest))
         while self.num_bytes > self._max_bytes:
-            _, oldest = self._entries.popitem(last=False)
+            gone, oldest = self._entries.popitem(last=False)
             self.num_bytes -= oldest.nbytes
+            self.log.remove(short_hash(gone))
 
 
 class Encoder:
@@ -64,6 +71,11 @@ class Encoder:
     def __init__(self, encoder: VisionEncoder, device: torch.device) -> None:
         self._encoder, self.device = encoder, device
         self._cache = EmbeddingCache(EMBEDDING_CACHE_BYTES)
+        self.log = self._cache.log
+        self.pace = Pace()
+        """Pictures that were encoded, by their tokens."""
+        self.token_bytes = 0
+        """A row of embeddings; 0 before the first picture."""
 
     @classmethod
     def load(cls, config: ClusterConfig, model: str, num_cpus: float) -> Encoder:
@@ -89,9 +101,12 @@ class Encoder:
         if known is not None:
             return known, True
         assert media.patches is not None
+        start = time.perf_counter()
         patches = torch.tensor(media.patches, device=self.device)
         embeds: torch.Tensor = self._encoder(patches, [media.grid_thw]).cpu()
         rows: NDArray[np.uint8] = embeds.view(torch.uint8).numpy()
+        self.pace.note(media.num_tokens, time.perf_counter() - start)
+        self.token_bytes = rows.shape[1]
         self._cache.put(media.media_hash, rows)
         return rows, False
 

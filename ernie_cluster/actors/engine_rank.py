@@ -20,13 +20,16 @@ from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import Batch, Load, Meeting, Outcome, RankArgs, Ready
+from ernie_cluster.actors.telling import Teller
 from ernie_cluster.config.experts import LayerExperts
+from ernie_cluster.policy.snapshot import Rates
 from ernie_cluster.request import GenerationRequest
 from ernie_cluster.transport.base import Channel, Message
 from ernie_cluster.transport.choose import Endpoint
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch, which the conductor need not import
     from ernie_cluster.engine.handover import Peers
+    from ernie_cluster.engine.worker import WorkerSnapshot
 
 _SWEEP_S = 1.0
 _MEETING_TIMEOUT_S = 300.0
@@ -64,7 +67,8 @@ class EngineRank:
         self._endpoint = self._receivers.endpoint
         self._channels = Channels(self._endpoint, transport.kind, gpu)
         self._orders = Channels(self._endpoint, transport.kind)
-        calls = (self.open_prefill, self.open_decode, self.abort, self.poll)
+        teller = Teller(self._now, self._worker.cached, args.config.router)
+        calls = (self.open_prefill, self.open_decode, self.abort, self.poll, teller.tell)
         self._server = DirectServer({call.__name__: call for call in calls})
         self._worker.warm_up()
         self._worker.start()
@@ -121,6 +125,9 @@ class EngineRank:
 
     async def snapshot(self) -> Load:
         """Load now; raises EngineFailed when the engine has stopped, so that the replica is replaced."""
+        return self._now()
+
+    def _now(self) -> Load:
         if self._worker.failure is not None:
             raise self._worker.failure
         now = self._worker.snapshot()
@@ -132,6 +139,8 @@ class EngineRank:
             free_blocks=now.free_blocks,
             total_blocks=now.total_blocks,
             experts=now.experts,
+            rates=_rates(now),
+            token_bytes=self._worker.layout.bytes_per_token,
         )
 
     async def experts(self) -> list[LayerExperts]:
@@ -177,3 +186,11 @@ class EngineRank:
             for request_id in self._events().drop_silent():
                 self._worker.abort(request_id)
             self._worker.renew(self._events().live_requests())
+
+
+def _rates(now: WorkerSnapshot) -> Rates:
+    """What was measured; a guess for the rest."""
+    guess = Rates()
+    chunk_s, token_s = now.reading or (guess.chunk_s, guess.token_s)
+    step_s, sequence_s = now.writing or (guess.step_s, guess.sequence_s)
+    return Rates(chunk_s=chunk_s, token_s=token_s, step_s=step_s, sequence_s=sequence_s)

@@ -53,7 +53,7 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
         guard = make_guard(config.api, metrics)
         fetcher = Fetcher(fetch_rules(config.api))
         api = create_app(
-            ClusterBackend(app, config),
+            ClusterBackend(app, config, metrics),
             processors,
             api_limits(config),
             metrics,

@@ -8,7 +8,9 @@ from ernie_cluster.actors.direct import Address
 from ernie_cluster.config.cluster import ClusterConfig, Role
 from ernie_cluster.config.experts import ExpertUse
 from ernie_cluster.config.parallel import WHOLE, Shard
+from ernie_cluster.deltas import Delta
 from ernie_cluster.policy.routing import Path
+from ernie_cluster.policy.snapshot import Rates
 from ernie_cluster.request import MediaInput, RequestFailed, Span, TokenEvent
 from ernie_cluster.transport.choose import Endpoint
 
@@ -80,11 +82,25 @@ class Load:
     free_blocks: int = 0
     total_blocks: int = 0
     experts: ExpertUse | None = None
+    rates: Rates = Rates()
+    token_bytes: int = 0
+    """What one token weighs on its way from here."""
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs, waits or is expected."""
         return not (self.num_running or self.num_waiting or self.waiting_tokens or self.num_leases)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A rank's answer to the router's question what is new."""
+
+    load: Load
+    cached: Delta
+    """What came and went in its cache: KV blocks, on a vision rank pictures."""
+    held_s: float
+    """For how long it waited for news before it looked."""
 
 
 @dataclass(frozen=True, slots=True)

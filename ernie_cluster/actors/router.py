@@ -17,13 +17,16 @@ from typing import Any, TypeVar
 import ray
 
 from ernie_cluster.actors import background
-from ernie_cluster.actors.direct import Address, DirectServer
-from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route
+from ernie_cluster.actors.direct import Address, DirectPeer, DirectServer
+from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route, Told
+from ernie_cluster.actors.queue import Queue
 from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.policy.admission import Refusal
-from ernie_cluster.policy.routing import choose_encoder, choose_path
-from ernie_cluster.policy.snapshot import Books, Demand, ReplicaSnapshot
+from ernie_cluster.policy.books import Books
+from ernie_cluster.policy.encoding import choose_encoder
+from ernie_cluster.policy.snapshot import Demand, ReplicaSnapshot
+from ernie_cluster.policy.waiting import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class Router:
         self._replicas: dict[str, ReplicaInfo] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._started_s = self._last_seen_s = time.monotonic()
+        self._queue = Queue(self._books, self._limits, settled_s=self._started_s + _SETTLE_S)
         self._idle_watch: asyncio.Task[None] | None = None
         self._address: asyncio.Task[Address] | None = None
 
@@ -103,12 +107,15 @@ class Router:
             timeout_s: the booking lapses after this.
 
         Raises:
-            Overloaded: no path has room now.
+            Overloaded: no path has room now, nor soon enough for a request that may wait.
         """
         self._touch()
         self._books.release(key)
-        path = await self._settled(partial(choose_path, demand), exclude)
-        self._books.promise(key, path.promises, time.monotonic() + timeout_s)
+        ticket = Ticket.of(key, demand, frozenset(exclude), self._limits, time.monotonic())
+        path = await self._queue.place(ticket, timeout_s)
+        while not self._replicas.keys() >= {promise.replica_id for promise in path.promises}:  # lost since then
+            self._books.release(key)
+            path = await self._queue.place(ticket, timeout_s)
         log.debug("%s: %s", key, "; ".join(path.reasons))
         return Route(
             path,
@@ -117,16 +124,14 @@ class Router:
             None if path.is_mixed else self._replicas[path.decode],
         )
 
-    async def acquire_encoder(
-        self, key: str, model: str, num_tokens: int, exclude: Sequence[str], timeout_s: float
-    ) -> ReplicaInfo:
-        """Decide which vision replica encodes a picture that belongs to no prompt, and book it.
+    async def acquire_encoder(self, key: str, demand: Demand, exclude: Sequence[str], timeout_s: float) -> ReplicaInfo:
+        """Decide which vision replica encodes pictures that belong to no prompt, and book it.
 
-        Arguments and errors as of `acquire`; `num_tokens` are the picture's.
+        Arguments and errors as of `acquire`.
         """
         self._touch()
         self._books.release(key)
-        promise = await self._settled(partial(choose_encoder, model, num_tokens), exclude)
+        promise = await self._settled(partial(choose_encoder, demand), exclude)
         self._books.promise(key, (promise,), time.monotonic() + timeout_s)
         return self._replicas[promise.replica_id]
 
@@ -139,6 +144,7 @@ class Router:
         """Attempts that are over."""
         for key in keys:
             self._books.release(key)
+            self._queue.give_up(key)
 
     async def lost(self, replica_id: str) -> None:
         """A client could not reach a replica: no work for it until it answers again."""
@@ -196,7 +202,7 @@ class Router:
     async def _settled(self, choose: Callable[..., T | Refusal], exclude: Sequence[str]) -> T:
         """What the policy decides now, or while this router is young: soon; raises its refusal."""
         while True:
-            found = choose(self._books.view(time.monotonic()), self._limits, exclude=frozenset(exclude))
+            found = choose(self._books.fleet(time.monotonic()), self._limits, exclude=frozenset(exclude))
             if not isinstance(found, Refusal):
                 return found
             if time.monotonic() - self._started_s > _SETTLE_S:
@@ -216,15 +222,18 @@ class Router:
             watcher.cancel()
 
     async def _watch(self, info: ReplicaInfo) -> None:
-        """Ask one replica for its load, over and over; forget it when it does not answer in time."""
+        """Ask one replica what is new, over and over; forget it when it does not answer in time."""
+        peer: DirectPeer | None = None
         try:
-            actor = ray.get_actor(info.actor_name, NAMESPACE)
+            peer = await DirectPeer.connect(info.address, info.replica_id)
             while True:
                 asked = time.monotonic()
                 async with asyncio.timeout(self._limits.heartbeat_timeout_s):
-                    load = await actor.snapshot.remote()
+                    told: Told = await peer.call("tell", self._books.seen(info.replica_id))
                 now = time.monotonic()
-                self._books.report(self._snapshot(info, load, age_s=now - asked), now)
+                age_s = max(0.0, now - asked - told.held_s)
+                self._books.report(self._snapshot(info, told.load, age_s), now)
+                self._books.cached(info.replica_id, told.cached)
                 await asyncio.sleep(self._limits.snapshot_interval_s)
         except asyncio.CancelledError:
             raise
@@ -232,6 +241,9 @@ class Router:
             log.warning("%s does not answer: %s", info.replica_id, e)
             self._watchers.pop(info.replica_id, None)
             self._forget(info.replica_id)
+        finally:
+            if peer is not None:
+                await peer.close()
 
     def _snapshot(self, info: ReplicaInfo, load: Load, age_s: float) -> ReplicaSnapshot:
         return ReplicaSnapshot(
@@ -250,6 +262,8 @@ class Router:
             block_size=self._config.model(info.model).engine.block_size,
             age_s=age_s,
             experts=load.experts,
+            rates=load.rates,
+            token_bytes=load.token_bytes,
         )
 
     async def _exit_when_idle(self) -> None:

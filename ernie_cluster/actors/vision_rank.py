@@ -22,7 +22,10 @@ from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
+from ernie_cluster.actors.telling import Teller
+from ernie_cluster.deltas import Delta
 from ernie_cluster.errors import Aborted, TransferFailed
+from ernie_cluster.policy.snapshot import Rates
 from ernie_cluster.request import MediaInput, Span
 from ernie_cluster.transport.base import Channel, Message, PieceHeader, Reply
 from ernie_cluster.transport.payload import fill
@@ -58,7 +61,9 @@ class VisionRank:
         gpu = open_gpu(_NoSink(), self._encoder.device, config.transport)
         self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport, gpu)
         self._channels = Channels(self._receivers.endpoint, config.transport.kind, gpu)
-        self._server = DirectServer({"encode": self.encode, "embed": self.embed, "abort": self.abort})
+        teller = Teller(self._now, self._cached, config.router)
+        calls = (self.encode, self.embed, self.abort, teller.tell)
+        self._server = DirectServer({call.__name__: call for call in calls})
         self._piece_bytes = config.transport.piece_bytes
         self._timeout_s = config.router.lease_timeout_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
@@ -102,7 +107,20 @@ class VisionRank:
         return await receive(self._receivers, message, refs)
 
     async def snapshot(self) -> Load:
-        return Load(num_running=len(self._running), num_waiting=0, waiting_tokens=self._waiting_tokens)
+        return self._now()
+
+    def _now(self) -> Load:
+        line = self._encoder.pace.line
+        return Load(
+            num_running=len(self._running),
+            num_waiting=0,
+            waiting_tokens=self._waiting_tokens,
+            rates=Rates(picture_s=line.fixed_s, media_token_s=line.each_s) if line else Rates(),
+            token_bytes=self._encoder.token_bytes,
+        )
+
+    def _cached(self, since: int | None) -> Delta:
+        return self._encoder.log.since(since)
 
     async def check(self) -> bool:
         """There are no books to check here."""

@@ -161,6 +161,7 @@ class Generation(Generic[R]):
                 seed=secrets.randbits(63),
                 timeout_s=timeout_s,
                 tenant_salt=guest.cache_salt,
+                tenant=guest.name,
                 fetched=fetched,
             )
         except InvalidRequest as e:

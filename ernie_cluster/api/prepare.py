@@ -59,6 +59,7 @@ def prepare(
     seed: int,
     timeout_s: float,
     tenant_salt: bytes = b"",
+    tenant: str = "",
     fetched: Fetched | None = None,
 ) -> Job:
     """Build the requests of all choices.
@@ -71,6 +72,7 @@ def prepare(
         seed: used where the client gives none; answer i of a prompt draws from seed + i.
         timeout_s: what is left of the request's time.
         tenant_salt: see `salt_of`.
+        tenant: whose requests they are.
         fetched: what the chat names by URL.
 
     Raises:
@@ -86,6 +88,7 @@ def prepare(
             request,
             request_id=f"{response_id}-{p * num_answers + i}",
             priority=body.priority or 0,
+            tenant=tenant,
             sampling=replace(request.sampling, seed=(sampling.seed + i) % 2**64),
         )
         for p, prompt in enumerate(

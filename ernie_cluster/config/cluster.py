@@ -311,20 +311,30 @@ class RouterConfig:
     """Output tokens (or `max_tokens` if fewer) for which decode blocks are reserved at the start; at least 1."""
     lease_timeout_s: float = 30.0
     """A lease without a sign of life for this long is taken back; more than `heartbeat_timeout_s`."""
-    snapshot_interval_s: float = 0.25
-    """Pause between two snapshots of one replica, more than 0."""
+    snapshot_interval_s: float = 0.1
+    """A replica whose load changes tells so this often, more than 0; one at rest tells once a second that it lives."""
     heartbeat_timeout_s: float = 5.0
     """A replica without a snapshot for this long is not used; more than `snapshot_interval_s`. The end of its process is
     noticed at once; this is for what hangs, and must outlast the longest pause of a busy machine."""
     max_queued_tokens: int = 131_072
     """A replica with this many prompt (vision: media) tokens waiting takes no more; at least 1."""
     retry_after_s: float = 1.0
-    """What a refused client is told to wait, more than 0."""
+    """What a refused client is told to wait at least, more than 0; longer where the queues say so."""
+    max_waiting: int = 1000
+    """Requests that may wait for a place when there is none; 0 = all are refused at once."""
+    max_wait_s: float = 30.0
+    """How long batch work, of a priority above 0, waits for a place; at least 0."""
+    interactive_wait_s: float = 0.0
+    """The same for all other requests; 0 = they are told at once when to come back."""
+    local_decode_tokens: int = 0
+    """Prompts of up to this many tokens may be answered by the prefill replica that computes them, where that is cheaper
+    than a hand-over; 0 = none are."""
     max_attempts: int = 2
     """Tries per request, the first included, when replicas are lost; at least 1."""
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "reserve_output_tokens", "max_queued_tokens", "max_attempts")
+        _check_range(self, 0, "local_decode_tokens", "max_waiting", "max_wait_s", "interactive_wait_s")
         _check_positive(self, "snapshot_interval_s", "heartbeat_timeout_s", "lease_timeout_s", "retry_after_s")
         for longer, shorter in (
             ("heartbeat_timeout_s", "snapshot_interval_s"),

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from ernie_cluster.deltas import DeltaLog, short_hash
+
 
 class OutOfBlocks(Exception):
     """Fewer blocks are free than were asked for; the caller preempts or refuses."""
@@ -36,6 +38,8 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self.log = DeltaLog()
+        """Whose content can be found, for those who send prompts where they were before."""
 
     @property
     def num_free(self) -> int:
@@ -97,6 +101,7 @@ class BlockPool:
         if self._enable_prefix_cache and digest not in self._block_of and block not in self._hash_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
+            self.log.add(short_hash(digest))
 
     def free(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each. The tail of a prefix is handed out again before its head."""
@@ -124,6 +129,7 @@ class BlockPool:
             assert self._references[block] >= 0, f"block {block} has {self._references[block]} references"
             assert (self._references[block] == 0) == (block in self._free), f"block {block} is neither used nor free"
         assert len(self._block_of) == len(self._hash_of), "hash tables differ in size"
+        assert set(self.log) == {short_hash(digest) for digest in self._block_of}, "the log tells of other blocks"
         for digest, block in self._block_of.items():
             assert self._hash_of.get(block) == digest, f"block {block} and its hash disagree"
         return True
@@ -132,3 +138,4 @@ class BlockPool:
         digest = self._hash_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
+            self.log.remove(short_hash(digest))

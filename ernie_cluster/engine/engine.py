@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.block_pool import BlockPool
 from ernie_cluster.engine.grammar import Grammars
+from ernie_cluster.engine.pace import Pace
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.sampler import Sampled, SamplerRow
 from ernie_cluster.engine.scheduler import Schedule, Scheduler
@@ -86,6 +87,8 @@ class Engine:
         self.lock = threading.Condition()
         self.grammars = Grammars(compiler, self._wake)
         self.counters = Counters()
+        self.reading, self.writing = Pace(), Pace()
+        """Steps with tokens of prompts, by tokens; steps without, by sequences."""
         self.sequences: dict[str, Sequence] = {}
         """By request id; the newest attempt of each."""
         self._fenced: set[Sequence] = set()
@@ -152,7 +155,9 @@ class Engine:
         if schedule.num_tokens:
             start = time.perf_counter()
             sampled = self.runner.run(step_input, rows, hook)
-            self.counters.run_s += time.perf_counter() - start
+            run_s = time.perf_counter() - start
+            self.counters.run_s += run_s
+            (self.reading if schedule.chunks else self.writing).note(schedule.num_tokens, run_s)
             with self.lock:
                 outcomes += self._apply(schedule, sampled)
         if outcomes:

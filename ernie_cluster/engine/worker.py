@@ -17,6 +17,7 @@ import numpy as np
 from ernie_cluster.config.experts import ExpertUse, LayerExperts
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.deltas import Delta
 from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.block_pool import BlockPool
 from ernie_cluster.engine.engine import Engine, Outcome
@@ -24,6 +25,7 @@ from ernie_cluster.engine.followers import Followers
 from ernie_cluster.engine.handover import NO_PEERS, Destination, KVSender, Peers
 from ernie_cluster.engine.inbox import Inbox
 from ernie_cluster.engine.leases import LeaseTable
+from ernie_cluster.engine.pace import Line
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.sampler import SamplerRow
 from ernie_cluster.engine.scheduler import Schedule, Scheduler
@@ -79,6 +81,10 @@ class WorkerSnapshot:
     kv_bytes_received: int
     experts: ExpertUse | None = None
     """None in a model without experts."""
+    reading: Line | None = None
+    """Steps with tokens of prompts, by tokens; None before the first."""
+    writing: Line | None = None
+    """Steps in which each sequence gets one token, by sequences."""
 
 
 class Worker:
@@ -268,7 +274,14 @@ class Worker:
                 kv_bytes_sent=self.sender.bytes_sent,
                 kv_bytes_received=self.inbox.bytes_received,
                 experts=None if balancer is None else balancer.use,
+                reading=engine.reading.line,
+                writing=engine.writing.line,
             )
+
+    def cached(self, since: int | None) -> Delta:
+        """How the prefix cache has changed since a version; None = all of it."""
+        with self.engine.lock:
+            return self.pool.log.since(since)
 
     def experts(self) -> list[LayerExperts]:
         """Use and place of every expert; empty in a model without experts."""

@@ -107,6 +107,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("ernie_transfer_seconds", "histogram", "One hand-over, offered to confirmed.", ("kind",), _STAGE_S),
     Metric("ernie_transfer_failures_total", "counter", "Hand-overs that failed.", ("kind", "reason")),
     Metric("ernie_route_seconds", "histogram", "Admission and routing of one request.", ("model",), _STAGE_S),
+    Metric(
+        "ernie_route_choices_total",
+        "counter",
+        "Replicas chosen for a stage (vision, prefill, decode), by what spoke for them.",
+        ("model", "stage", "why"),
+    ),
     Metric("ernie_open_promises", "gauge", "Promises not yet seen in a replica's snapshot."),
 )
 

@@ -38,11 +38,13 @@ from ernie_cluster.actors.environment import free_port
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import NAMESPACE, Batch, Load, ReplicaInfo
 from ernie_cluster.actors.router import find_router
+from ernie_cluster.actors.telling import Teller
 from ernie_cluster.cli.progress import Progress
 from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint
-from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.cluster import ClusterConfig, RouterConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.presets import PRESETS
+from ernie_cluster.deltas import Delta
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.inputs.chat import ChatProcessor
@@ -162,6 +164,9 @@ def _timed(work: Any) -> float:
     return time.perf_counter() - start
 
 
+IDLE = Load(0, 0, 0, free_blocks=10_000, total_blocks=10_000)
+
+
 @ray.remote(num_cpus=0)
 class NoopRank:
     """A mixed replica whose engine does nothing: a token per request and step, every two milliseconds."""
@@ -205,11 +210,13 @@ class NoopRank:
                 self._open.pop(request_id, None)
 
     async def address(self) -> Address:
-        server = DirectServer({"open_prefill": self.open_prefill, "poll": self.poll, "abort": self.abort})
+        teller = Teller(lambda: IDLE, lambda seen: Delta(seen, 0), RouterConfig())
+        calls = (self.open_prefill, self.poll, self.abort, teller.tell)
+        server = DirectServer({call.__name__: call for call in calls})
         return await server.start(ray.util.get_node_ip_address())
 
     async def snapshot(self) -> Load:
-        return Load(0, 0, 0, free_blocks=10_000, total_blocks=10_000)
+        return IDLE
 
 
 def measure_streams(folder: str, num_streams: int = 32, max_tokens: int = 600) -> None:

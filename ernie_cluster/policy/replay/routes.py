@@ -10,9 +10,10 @@ from typing import Protocol
 from ernie_cluster.config.cluster import RouterConfig
 from ernie_cluster.config.scaling import PoolRole
 from ernie_cluster.policy.admission import Refusal
+from ernie_cluster.policy.fleet import Fleet
 from ernie_cluster.policy.replay.machine import Job, SimReplica
 from ernie_cluster.policy.routing import choose_path
-from ernie_cluster.policy.snapshot import Demand, ReplicaSnapshot
+from ernie_cluster.policy.snapshot import Demand, Rates, ReplicaSnapshot
 
 Chosen = tuple[SimReplica | None, SimReplica, SimReplica]
 """Encoder (None without media), prefill, decode."""
@@ -45,7 +46,7 @@ class PolicyRoute:
             num_media=1 if job.media_tokens else 0,
             media_tokens=job.media_tokens,
         )
-        path = choose_path(demand, [_snapshot(r) for r in known.values()], self.limits)
+        path = choose_path(demand, Fleet.of(map(_snapshot, known.values())), self.limits)
         if isinstance(path, Refusal):
             return None
         return known[path.encoder] if path.encoder else None, known[path.prefill], known[path.decode]
@@ -83,6 +84,7 @@ _leased = attrgetter("leased_kv")
 
 
 def _snapshot(replica: SimReplica) -> ReplicaSnapshot:
+    costs = replica.costs
     return ReplicaSnapshot(
         replica_id=replica.replica_id,
         model=replica.model,
@@ -95,6 +97,14 @@ def _snapshot(replica: SimReplica) -> ReplicaSnapshot:
         num_waiting=len(replica.queue),
         waiting_tokens=int(replica.queued_tokens),
         free_blocks=max(0, int(replica.free_kv / _BLOCK)),
-        total_blocks=replica.costs.kv_tokens // _BLOCK,
+        total_blocks=costs.kv_tokens // _BLOCK,
         block_size=_BLOCK,
+        rates=Rates(
+            chunk_s=costs.base_s,
+            token_s=costs.per_prompt_token_s,
+            step_s=costs.base_s,
+            sequence_s=0.0,
+            picture_s=0.0,
+            media_token_s=costs.per_media_token_s,
+        ),
     )

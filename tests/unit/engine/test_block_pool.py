@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ernie_cluster.deltas import short_hash
 from ernie_cluster.engine.block_pool import BlockPool, OutOfBlocks
 
 
@@ -148,3 +149,14 @@ def test_freeing_twice_is_a_bug_that_shows() -> None:
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2)])
 def test_blocks_for_tokens(tokens: int, blocks: int) -> None:
     assert BlockPool(2, 4).num_blocks_for(tokens) == blocks
+
+
+def test_the_log_tells_what_came_and_went() -> None:
+    pool = BlockPool(4, 4)
+    (block,) = pool.allocate(1)
+    pool.publish(block, b"a" * 32)
+    told = pool.log.since(0)
+    assert told.added_items == [short_hash(b"a" * 32)]
+    pool.free([block])
+    pool.allocate(3)
+    assert pool.log.since(told.version).removed_items == told.added_items

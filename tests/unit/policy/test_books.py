@@ -9,7 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ernie_cluster.policy.snapshot import Books, Promise, ReplicaSnapshot
+from ernie_cluster.deltas import Delta, DeltaLog
+from ernie_cluster.policy.books import Books
+from ernie_cluster.policy.snapshot import Promise, ReplicaSnapshot
 
 HEARTBEAT_S = 2.0
 
@@ -126,6 +128,66 @@ def test_check_finds_an_impossible_snapshot() -> None:
         books(replace(DECODE, free_blocks=21)).check()
 
 
+def depth(made: Books, chain: list[int], replica_id: str = "decode-0", now_s: float = 0.0) -> int:
+    """How many leading links of a chain a replica is thought to hold."""
+    fleet = made.fleet(now_s)
+    member = fleet.member(replica_id)
+    return 0 if member is None else fleet.holders.depth(chain, member.slot)
+
+
+def test_caches_are_known_from_what_replicas_tell() -> None:
+    made, log = books(DECODE), DeltaLog()
+    for item in (1, 2, 3):
+        log.add(item)
+    assert made.seen("decode-0") is None
+    made.cached("decode-0", log.since(None))
+    assert (made.seen("decode-0"), depth(made, [1, 2, 3, 4])) == (3, 3)
+    log.remove(3)
+    made.cached("decode-0", log.since(made.seen("decode-0")))
+    assert (made.seen("decode-0"), depth(made, [1, 2, 3, 4])) == (4, 2)
+
+
+def test_a_delta_that_does_not_go_on_from_here_changes_nothing() -> None:
+    made = books(DECODE)
+    made.cached("decode-0", Delta(base=3, version=4, added=b"\1" + bytes(7)))
+    assert (made.seen("decode-0"), depth(made, [1])) == (None, 0)
+
+
+@pytest.mark.parametrize("how", ["forgotten", "restarted", "silent"])
+def test_the_cache_of_a_replica_that_is_gone_is_gone(how: str) -> None:
+    made = books(DECODE)
+    made.cached("decode-0", Delta(None, 7, b"\1" + bytes(7)))
+    if how == "forgotten":
+        made.forget("decode-0")
+    made.report(replace(DECODE, incarnation="b" if how == "restarted" else "a"), now_s=HEARTBEAT_S)
+    if how == "silent":
+        made.view(2 * HEARTBEAT_S + 0.1)
+        made.report(DECODE, now_s=3 * HEARTBEAT_S)
+    assert (made.seen("decode-0"), depth(made, [1], now_s=HEARTBEAT_S if how != "silent" else 3 * HEARTBEAT_S)) == (
+        None,
+        0,
+    )
+    made.check()
+
+
+def test_what_a_replica_is_about_to_hold_counts_until_the_request_is_over() -> None:
+    made = books(DECODE)
+    made.promise("r1", [Promise("decode-0", blocks=3, items=(1, 2))], deadline_s=9)
+    made.promise("r2", [Promise("decode-0", blocks=3, items=(1, 2, 3))], deadline_s=9)
+    made.confirm("r1", "decode-0", now_s=0.5)
+    made.report(DECODE, now_s=1.0)  # shows the lease, not yet the blocks
+    assert depth(made, [1, 2, 3], now_s=1.0) == 3
+    made.release("r2")
+    assert depth(made, [1, 2, 3], now_s=1.0) == 2
+    made.forget("decode-0")
+    made.report(DECODE, now_s=1.5)
+    assert depth(made, [1, 2, 3], now_s=1.5) == 2
+    made.report(replace(DECODE, incarnation="b"), now_s=1.6)
+    assert depth(made, [1, 2, 3], now_s=1.6) == 0
+    made.release("r1")
+    made.check()
+
+
 class BooksMachine(RuleBasedStateMachine):
     """One replica that leases what it confirms; the books must never show more room than it will have."""
 
@@ -152,7 +214,8 @@ class BooksMachine(RuleBasedStateMachine):
         if view and view[0].free_blocks >= blocks:
             self.count += 1
             key = f"r{self.count}"
-            self.books.promise(key, [Promise("decode-0", blocks=blocks)], deadline_s=1e9)
+            promise = Promise("decode-0", blocks=blocks, items=tuple(range(blocks)))
+            self.books.promise(key, [promise], deadline_s=1e9)
             self.asked[key] = blocks
 
     @rule(data=st.data())
@@ -193,4 +256,4 @@ class BooksMachine(RuleBasedStateMachine):
 
 
 TestBooks = BooksMachine.TestCase
-TestBooks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBooks.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)

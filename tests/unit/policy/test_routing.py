@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 
 from ernie_cluster.config.cluster import Role, RouterConfig
 from ernie_cluster.errors import ContextTooLong, Overloaded
-from ernie_cluster.policy.admission import Refusal, blocks_needed, has_room, never_fits
-from ernie_cluster.policy.routing import Path, choose_encoder, choose_path
-from ernie_cluster.policy.snapshot import Books, Demand, Promise, ReplicaSnapshot
+from ernie_cluster.policy.admission import Need, Refusal, blocks_for, never_fits
+from ernie_cluster.policy.books import Books
+from ernie_cluster.policy.encoding import choose_encoder
+from ernie_cluster.policy.fleet import Fleet
+from ernie_cluster.policy.routing import Path, choose_path
+from ernie_cluster.policy.snapshot import Demand, Promise, ReplicaSnapshot
 
 LIMITS = RouterConfig(reserve_output_tokens=32, max_queued_tokens=1000, retry_after_s=3)
 TEXT = Demand("m", num_prompt_tokens=100, max_tokens=50)  # 100 + 32 tokens: 9 blocks
@@ -72,6 +76,12 @@ DEMANDS = st.builds(
 EXCLUDED = st.frozensets(st.sampled_from([f"r{i}" for i in range(10)]), max_size=3)
 
 
+def choose(
+    demand: Demand, cluster: Iterable[ReplicaSnapshot], exclude: Collection[str] = frozenset(), **limits: int
+) -> Path | Refusal:
+    return choose_path(demand, Fleet.of(cluster), replace(LIMITS, **limits), exclude=exclude)
+
+
 def can_serve(demand: Demand, cluster: list[ReplicaSnapshot], exclude: frozenset[str]) -> bool:
     """Naively: is there any combination with room?"""
 
@@ -83,11 +93,11 @@ def can_serve(demand: Demand, cluster: list[ReplicaSnapshot], exclude: frozenset
             and not r.is_draining
             and r.replica_id not in exclude
             and (role == "decode" or r.waiting_tokens < 1000)
-            and (role in ("vision", "prefill") or r.free_blocks * r.block_size >= tokens)
+            and (role == "vision" or r.free_blocks * r.block_size >= prompt + (role != "prefill") * answer)
             for r in cluster
         )
 
-    tokens = demand.num_prompt_tokens + min(demand.max_tokens, 32)
+    prompt, answer = demand.num_prompt_tokens, min(demand.max_tokens, 32)
     has_eyes = not demand.num_media or any_of("vision")
     return has_eyes and (any_of("mixed") or (any_of("prefill") and any_of("decode")))
 
@@ -96,13 +106,13 @@ def can_serve(demand: Demand, cluster: list[ReplicaSnapshot], exclude: frozenset
 def test_a_path_has_room_on_usable_replicas_of_the_right_role(
     demand: Demand, cluster: list[ReplicaSnapshot], exclude: frozenset[str]
 ) -> None:
-    path = choose_path(demand, cluster, LIMITS, exclude=exclude)
+    path = choose(demand, cluster, exclude)
     if isinstance(path, Refusal):
         return
     by_id = {r.replica_id: r for r in cluster}
     chosen = [by_id[i] for i in (path.encoder, path.prefill, path.decode) if i is not None]
     assert all(r.is_ready and not r.is_draining and r.model == "m" for r in chosen)
-    assert all(has_room(r, demand, LIMITS) for r in chosen)
+    assert all(map(Need.of(demand, LIMITS).fits, chosen))
     assert not exclude & {r.replica_id for r in chosen}
     assert (path.encoder is None) == (demand.num_media == 0)
     assert by_id[path.encoder].role == "vision" if path.encoder else True
@@ -114,12 +124,12 @@ def test_a_path_has_room_on_usable_replicas_of_the_right_role(
 def test_a_request_is_refused_exactly_when_nothing_fits(
     demand: Demand, cluster: list[ReplicaSnapshot], exclude: frozenset[str]
 ) -> None:
-    decision = choose_path(demand, cluster, LIMITS, exclude=exclude)
-    is_possible = never_fits(demand, cluster) is None and can_serve(demand, cluster, exclude)
+    decision = choose(demand, cluster, exclude)
+    is_possible = never_fits(demand, Fleet.of(cluster)) is None and can_serve(demand, cluster, exclude)
     assert isinstance(decision, Path) == is_possible
     if isinstance(decision, Refusal):
         assert decision.reason.strip(" ;:") not in ("", "'m'")
-        assert (decision.retry_after_s is None) == (never_fits(demand, cluster) is not None)
+        assert (decision.retry_after_s is None) == (never_fits(demand, Fleet.of(cluster)) is not None)
 
 
 @given(DEMANDS, CLUSTERS, EXCLUDED, st.randoms(use_true_random=False))
@@ -127,9 +137,7 @@ def test_the_order_of_replicas_does_not_matter(
     demand: Demand, cluster: list[ReplicaSnapshot], exclude: frozenset[str], random
 ) -> None:  # type: ignore[no-untyped-def]
     shuffled = random.sample(cluster, len(cluster))
-    assert choose_path(demand, shuffled, LIMITS, exclude=exclude) == choose_path(
-        demand, cluster, LIMITS, exclude=exclude
-    )
+    assert choose(demand, shuffled, exclude) == choose(demand, cluster, exclude)
 
 
 @given(CLUSTERS, st.lists(DEMANDS, max_size=12))
@@ -139,7 +147,8 @@ def test_booked_paths_never_overcommit_blocks(cluster: list[ReplicaSnapshot], de
         books.report(r, now_s=0)
     taken = dict.fromkeys((r.replica_id for r in cluster), 0)
     for i, demand in enumerate(demands):
-        path = choose_path(demand, books.view(0), LIMITS)
+        path = choose_path(demand, books.fleet(0), LIMITS)
+        assert path == choose(demand, books.view(0))
         if isinstance(path, Path):
             books.promise(str(i), path.promises, deadline_s=9)
             assert {p.replica_id for p in path.promises} == {path.encoder, path.prefill, path.decode} - {None}
@@ -151,7 +160,7 @@ def test_booked_paths_never_overcommit_blocks(cluster: list[ReplicaSnapshot], de
 
 @given(DEMANDS, st.sampled_from([[V0, P0, D0], [V0, M0]]))
 def test_an_idle_cluster_takes_whatever_can_ever_fit(demand: Demand, cluster: list[ReplicaSnapshot]) -> None:
-    assert isinstance(choose_path(demand, cluster, LIMITS), Path) == (never_fits(demand, cluster) is None)
+    assert isinstance(choose(demand, cluster), Path) == (never_fits(demand, Fleet.of(cluster)) is None)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +172,11 @@ def test_an_idle_cluster_takes_whatever_can_ever_fit(demand: Demand, cluster: li
         (PICTURE, [replica("v0", "vision", 7), replica("v1", "vision", 6), M0], ("v1", "m0", "m0")),
         (TEXT, [replica("p0", "prefill", 11), replica("p1", "prefill", 10), D0], (None, "p1", "d0")),
         (TEXT, [P0, replica("d0", "decode", free_blocks=50), D1], (None, "p0", "d1")),
-        (TEXT, [P0, replica("d0", "decode", waiting_tokens=10**6), D1], (None, "p0", "d0")),  # decode has no queue
+        (TEXT, [P0, replica("d0", "decode", waiting_tokens=10**6)], (None, "p0", "d0")),  # decode has no queue
         (TEXT, [M1, M0], (None, "m0", "m0")),
         (TEXT, [replica("m0", "mixed", free_blocks=50), M1], (None, "m1", "m1")),  # idle: the emptier one
-        (TEXT, [replica("m0", "mixed", 5), P0, D0], (None, "p0", "d0")),  # the shorter queue
+        (TEXT, [replica("m0", "mixed", 50), P0, D0], (None, "p0", "d0")),  # the shorter queue
+        (TEXT, [replica("m0", "mixed", 5), P0, D0], (None, "m0", "m0")),  # shorter by less than a hand-over
         (TEXT, [replica("p0", "prefill", 5), M0, D0], (None, "m0", "m0")),
         (TEXT, [P0, M0], (None, "m0", "m0")),  # a prefill without a decode partner is no start
         (TEXT, [replace(P0, is_ready=False), P1, D0], (None, "p1", "d0")),
@@ -175,7 +185,7 @@ def test_an_idle_cluster_takes_whatever_can_ever_fit(demand: Demand, cluster: li
     ],
 )
 def test_choices(demand: Demand, cluster: list[ReplicaSnapshot], chosen: tuple[str | None, str, str]) -> None:
-    path = choose_path(demand, cluster, LIMITS)
+    path = choose(demand, cluster)
     assert isinstance(path, Path)
     assert (path.encoder, path.prefill, path.decode) == chosen
 
@@ -195,7 +205,7 @@ def test_choices(demand: Demand, cluster: list[ReplicaSnapshot], chosen: tuple[s
         (
             TEXT,
             [replica("p0", "prefill", 1500), replica("p1", "prefill", 1200), D0],
-            "'m': every prefill replica is full (at best 1200 tokens wait, limit 1000)",
+            "'m': every prefill replica is full (at best 1200 tokens wait, limit 1000, 7 blocks needed, 100 free)",
         ),
         (
             TEXT,
@@ -210,7 +220,7 @@ def test_choices(demand: Demand, cluster: list[ReplicaSnapshot], chosen: tuple[s
     ],
 )
 def test_refusals_that_pass(demand: Demand, cluster: list[ReplicaSnapshot], reason: str) -> None:
-    assert choose_path(demand, cluster, LIMITS) == Refusal(reason, retry_after_s=3)
+    assert choose(demand, cluster) == Refusal(reason, retry_after_s=3)
     error = Refusal(reason, retry_after_s=3).to_error()
     assert isinstance(error, Overloaded)
     assert (str(error), error.retry_after_s) == (reason, 3)
@@ -225,7 +235,7 @@ def test_refusals_that_pass(demand: Demand, cluster: list[ReplicaSnapshot], reas
 )
 @pytest.mark.parametrize("cluster", [[P0, D0], [M0], [replace(P0, is_ready=False), replace(D0, free_blocks=0)]])
 def test_refusals_for_good(demand: Demand, what: str, cluster: list[ReplicaSnapshot]) -> None:
-    decision = choose_path(demand, cluster, LIMITS)
+    decision = choose(demand, cluster)
     assert isinstance(decision, Refusal)
     assert decision.retry_after_s is None
     assert decision.reason.startswith(f"{what}, but the largest replica of 'm' holds 1600")
@@ -233,41 +243,50 @@ def test_refusals_for_good(demand: Demand, what: str, cluster: list[ReplicaSnaps
 
 
 def test_replicas_of_unknown_size_say_nothing_about_what_fits() -> None:
-    assert never_fits(Demand("m", 10**6, 1), [replace(P0, total_blocks=0), replace(D0, total_blocks=0)]) is None
+    unknown = [replace(P0, total_blocks=0), replace(D0, total_blocks=0)]
+    assert never_fits(Demand("m", 10**6, 1), Fleet.of(unknown)) is None
 
 
 def test_excluded_replicas_are_passed_over() -> None:
-    path = choose_path(TEXT, [P0, P1, D0, D1], LIMITS, exclude={"p0", "d0"})
+    path = choose(TEXT, [P0, P1, D0, D1], {"p0", "d0"})
     assert isinstance(path, Path)
     assert (path.prefill, path.decode) == ("p1", "d1")
 
 
 def test_a_split_path_says_why_and_what_it_takes() -> None:
-    path = choose_path(PICTURE, [V0, V1, P0, P1, D0], LIMITS)
+    path = choose(PICTURE, [V0, V1, P0, P1, D0])
     assert isinstance(path, Path)
     assert not path.is_mixed
     assert path.reasons == (
-        "vision v0: fewest waiting tokens of 2, 0",
-        "prefill p0: fewest waiting tokens of 2, 0",
-        "decode d0: most room of 1, needs 9 of 100 free blocks",
+        "vision v0: load, 60 tokens to encode, 0 wait",
+        "prefill p0: 0 of 100 tokens cached, 0 wait, first token in 0.072 s, best of 2",
+        "decode d0: 0 run, on the same node, 0 tokens held, needs 9 of 100 free blocks",
     )
-    assert path.promises == (Promise("v0", media_tokens=60), Promise("p0", tokens=100), Promise("d0", blocks=9))
+    assert path.kinds == (("vision", "load"), ("prefill", "load"), ("decode", "load"))
+    assert path.promises == (
+        Promise("v0", media_tokens=60),
+        Promise("p0", blocks=7, tokens=100),
+        Promise("d0", blocks=9),
+    )
 
 
 def test_a_mixed_path_says_why_and_what_it_takes() -> None:
-    path = choose_path(TEXT, [M0], LIMITS)
+    path = choose(TEXT, [M0])
     assert isinstance(path, Path)
     assert path.is_mixed
     assert path.reasons == (
         "vision none: no media",
-        "mixed m0: fewest waiting tokens of 1, 0, needs 9 of 100 free blocks",
+        "mixed m0: 0 of 100 tokens cached, 0 wait, first token in 0.030 s, best of 1, needs 9 of 100 free blocks",
     )
+    assert path.kinds == (("prefill", "load"), ("decode", "local"))
     assert path.promises == (Promise("m0", blocks=9, tokens=100),)
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens", "blocks"), [(30, 8, 3), (16, 16, 2), (16, 17, 3), (1, 10**9, 3)])
 def test_blocks_needed(prompt: int, max_tokens: int, blocks: int) -> None:
-    assert blocks_needed(Demand("m", prompt, max_tokens), 16, reserve_output_tokens=32) == blocks
+    need = Need.of(Demand("m", prompt, max_tokens), LIMITS)
+    assert blocks_for(need.tokens(D0), D0) == blocks_for(need.tokens(M0), M0) == blocks
+    assert blocks_for(need.tokens(P0), P0) == -(-prompt // 16)
 
 
 @given(CLUSTERS, st.integers(1, 400), EXCLUDED)
@@ -283,7 +302,8 @@ def test_a_picture_without_a_prompt_needs_a_vision_replica_only(
         and r.replica_id not in exclude
         and r.waiting_tokens < LIMITS.max_queued_tokens
     ]
-    found = choose_encoder("m", num_tokens, cluster, LIMITS, exclude=exclude)
+    demand, fleet = Demand("m", num_tokens, 1, num_media=1, media_tokens=num_tokens), Fleet.of(cluster)
+    found = choose_encoder(demand, fleet, LIMITS, exclude=exclude)
     if isinstance(found, Refusal):
         assert not roomy
         assert isinstance(found.to_error(), Overloaded)
@@ -291,4 +311,3 @@ def test_a_picture_without_a_prompt_needs_a_vision_replica_only(
     chosen = next(r for r in roomy if r.replica_id == found.replica_id)
     assert chosen.waiting_tokens == min(r.waiting_tokens for r in roomy)
     assert found == Promise(chosen.replica_id, media_tokens=num_tokens)
-    assert choose_encoder("m", num_tokens, cluster[::-1], LIMITS, exclude=exclude) == found
