@@ -19,7 +19,7 @@ import ray
 from numpy.typing import NDArray
 
 from ernie_cluster.actors import process
-from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, receive
+from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, open_nixl, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
 from ernie_cluster.errors import Aborted, TransferFailed
@@ -54,10 +54,11 @@ class VisionRank:
         start, config = time.perf_counter(), self._args.config
         from ernie_cluster.actors.encoder import Encoder  # torch, which the conductor need not import
 
+        nixl = open_nixl(config.transport)  # before anything is loaded, for it may not be there
         self._encoder = Encoder.load(config, self._args.model, self._args.num_cpus)
         gpu = open_gpu(_NoSink(), self._encoder.device, config.transport)
-        self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport, gpu)
-        self._channels = Channels(self._receivers.endpoint, config.transport.kind, gpu)
+        self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport, gpu, nixl)
+        self._channels = Channels(self._receivers.endpoint, config.transport.kind, gpu, nixl)
         self._server = DirectServer({"encode": self.encode, "embed": self.embed, "abort": self.abort})
         self._piece_bytes = config.transport.piece_bytes
         self._timeout_s = config.router.lease_timeout_s

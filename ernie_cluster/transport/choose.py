@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-TransportKind = Literal["ipc", "nccl", "shared_memory", "object_store"]
-Wish = Literal["auto", "local", "ipc", "nccl", "shared_memory", "object_store"]
+TransportKind = Literal["ipc", "nccl", "shared_memory", "nixl", "object_store"]
+Wish = Literal["auto", "local", "ipc", "nccl", "shared_memory", "nixl", "object_store"]
 """What the configuration asks for."""
 
 
@@ -34,6 +34,8 @@ class Endpoint:
     """Name by which object references can be handed to it."""
     gpu: GpuEndpoint | None = None
     """None where the model is on the CPU."""
+    has_nixl: bool = False
+    """It reads pieces by NIXL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,11 @@ def choices(sender: Endpoint, receiver: Endpoint, wish: Wish = "auto") -> tuple[
     """Transports in the order in which to try them; the last is the object store, which reaches every actor.
 
     Between GPUs CUDA IPC inside a host (one copy, and nothing spins when a peer dies), else NCCL; through host memory
-    shared memory inside a host. What was wished for comes first. A reason says why each better one cannot be.
+    shared memory inside a host. What was wished for comes first; NIXL is not chosen otherwise. A reason says why each
+    better one cannot be.
     """
-    obstacles = _obstacles(sender, receiver)
-    order: list[TransportKind] = ["ipc", "nccl", "shared_memory", "object_store"]
+    obstacles = _obstacles(sender, receiver, wish)
+    order: list[TransportKind] = ["ipc", "nccl", "shared_memory", "nixl", "object_store"]
     if wish not in ("auto", "local"):
         order.sort(key=lambda kind: kind != wish)
     where = (
@@ -71,7 +74,7 @@ def choices(sender: Endpoint, receiver: Endpoint, wish: Wish = "auto") -> tuple[
     return tuple(found)
 
 
-def _obstacles(sender: Endpoint, receiver: Endpoint) -> dict[TransportKind, str | None]:
+def _obstacles(sender: Endpoint, receiver: Endpoint, wish: Wish) -> dict[TransportKind, str | None]:
     """Why each transport cannot join these two; None where it can."""
     apart = None if sender.host_id == receiver.host_id else "they are on different hosts or in different namespaces"
     no_gpu = next((fault for fault in map(_gpu_fault, (sender, receiver)) if fault is not None), None)
@@ -79,10 +82,14 @@ def _obstacles(sender: Endpoint, receiver: Endpoint) -> dict[TransportKind, str 
     if sender.gpu is not None and receiver.gpu is not None and sender.gpu.gpu_id == receiver.gpu.gpu_id:
         one_gpu = "they share one GPU, and NCCL takes no two ranks on one"
     no_memory = None if receiver.shm_address is not None else f"{receiver.actor_name} offers no shared memory"
+    no_nixl = next((f"{e.actor_name} has no NIXL" for e in (sender, receiver) if not e.has_nixl), None)
+    if wish != "nixl":
+        no_nixl = "Ray calls its interface alpha, so it is used only where transport.kind names it"
     return {
         "ipc": no_gpu or apart,
         "nccl": no_gpu or one_gpu,
         "shared_memory": apart or no_memory,
+        "nixl": no_nixl,
         "object_store": None,
     }
 
