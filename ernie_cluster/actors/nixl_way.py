@@ -12,7 +12,6 @@ take actors with `enable_tensor_transport`: the memory of a channel that is clos
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +31,28 @@ FETCH_TIMEOUT_S = 5.0
 """From a piece's arrival at the receiver: half of what its sender takes for lost, so that one dead sender, whose pieces
 all wait for this, keeps no living one waiting for longer."""
 
-log = logging.getLogger(__name__)
+
+class DirectTransport:
+    """All that is used of Ray's interface, which Ray calls alpha. NIXL's agent takes one thread at a time."""
+
+    def register(self, memory: torch.Tensor) -> None:
+        """Let the network know host memory, uint8 [n], for as long as the process lives."""
+        ray.experimental.register_nixl_memory(memory)
+
+    def publish(self, memory: torch.Tensor) -> Any:
+        """A reference by which other processes read registered memory; not a copy of it."""
+        return ray.put([memory], _tensor_transport="nixl")
+
+    def read(self, ref: Any, target: torch.Tensor, timeout_s: float) -> torch.Tensor:
+        """What is there now, read into registered memory of the same size; published memory itself in its own process.
+
+        Raises:
+            TimeoutError: bytes may still come.
+            RayError: the owner is dead, or the network failed.
+        """
+        ray.experimental.set_target_for_ref(ref, [target])
+        (found,) = ray.get(ref, timeout=timeout_s)
+        return found
 
 
 class NixlChannel(ObjectStoreChannel):
@@ -72,15 +92,17 @@ class NixlWay:
 
     Args:
         config: `piece_bytes` is the size of a slot, `staging_bytes` what a channel has of them.
+        direct: Ray's interface, or its twin in tests.
 
     Raises:
         ConfigError: nixl is not installed, or does not work here.
     """
 
-    def __init__(self, config: TransportConfig) -> None:
+    def __init__(self, config: TransportConfig, direct: DirectTransport | None = None) -> None:
         self._slot_bytes = config.piece_bytes
         self._num_slots = config.staging_bytes // config.piece_bytes
-        self._agent = threading.RLock()  # nixl's agent, which Ray makes one of per process, takes one thread at a time
+        self._direct = direct or DirectTransport()
+        self._one_thread = threading.RLock()
         self._abandoned: list[torch.Tensor] = []
         self._idle: list[Slots] = []
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nixl-reader")
@@ -106,7 +128,7 @@ class NixlWay:
             raise TransferFailed(f"no registered memory for another channel: {e}") from e
         return NixlChannel(slots, deliver, peer, self._slot_bytes, self._idle.append)
 
-    async def receive(self, receiver: ObjectStoreReceiver, message: Message, ref: ray.ObjectRef) -> Message:
+    async def receive(self, receiver: ObjectStoreReceiver, message: Message, ref: Any) -> Message:
         """Read a piece where its sender has it, and hand it to the receiver; the answer for the sender.
 
         One after another: they share the buffer.
@@ -120,7 +142,7 @@ class NixlWay:
         """What is being read may be finished; the memory stays registered as long as the process lives."""
         self._reader.shutdown(wait=False, cancel_futures=True)
 
-    def _receive(self, receiver: ObjectStoreReceiver, message: Message, ref: ray.ObjectRef, deadline: float) -> Message:
+    def _receive(self, receiver: ObjectStoreReceiver, message: Message, ref: Any, deadline: float) -> Message:
         try:
             nbytes, span = int(message["nbytes"]), int(message["span"])  # type: ignore[arg-type]
             piece = self._read(ref, span, deadline - time.monotonic())[:nbytes]
@@ -128,34 +150,31 @@ class NixlWay:
             return {"refused": f"a piece could not be read by NIXL: {e!r}"[:2000]}
         return receiver.receive(message, piece).result()  # resolved: a piece waits for nobody
 
-    def _read(self, ref: ray.ObjectRef, span: int, timeout_s: float) -> Payload:
+    def _read(self, ref: Any, span: int, timeout_s: float) -> Payload:
         if timeout_s <= 0:
             raise TimeoutError(f"its turn did not come within {FETCH_TIMEOUT_S} s")
-        with self._agent:
-            target = self._buffer[:span]
-            ray.experimental.set_target_for_ref(ref, [target])
+        with self._one_thread:
             try:
-                (tensor,) = ray.get(ref, timeout=timeout_s)
+                found: Payload = self._direct.read(ref, self._buffer[:span], timeout_s).numpy()
             except TimeoutError:  # bytes may still come
                 self._abandoned.append(self._buffer)
                 self._buffer = self._register(self._slot_bytes)
                 raise
-        found: Payload = tensor.numpy()  # of the target, or of the slot itself if the sender is this process
         return found
 
     def _make_slots(self) -> Slots:
         memory = self._register(self._num_slots * self._slot_bytes)
 
         def publish(first: int, span: int) -> Any:
-            with self._agent:
-                return ray.put([memory[first : first + span]], _tensor_transport="nixl")
+            with self._one_thread:
+                return self._direct.publish(memory[first : first + span])
 
         return Slots(memory.numpy(), self._slot_bytes, publish)
 
     def _register(self, nbytes: int) -> torch.Tensor:
         memory = torch.zeros(nbytes, dtype=torch.uint8)
-        with self._agent:
-            ray.experimental.register_nixl_memory(memory)
+        with self._one_thread:
+            self._direct.register(memory)
         return memory
 
 

@@ -68,7 +68,8 @@ def choices(sender: Endpoint, receiver: Endpoint, wish: Wish = "auto") -> tuple[
             passed_over.setdefault(obstacle, []).append(kind)
             continue
         why = "".join(f"; not {' or '.join(kinds)}: {obstacle}" for obstacle, kinds in passed_over.items())
-        found.append(Choice(kind, f"{sender.actor_name} and {receiver.actor_name} are {where}{why}"))
+        asked = f"; transport.kind = {wish} asks for it" if kind == wish else ""
+        found.append(Choice(kind, f"{sender.actor_name} and {receiver.actor_name} are {where}{asked}{why}"))
         if kind == "object_store":
             break
     return tuple(found)

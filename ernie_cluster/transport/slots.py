@@ -32,7 +32,7 @@ class Slot:
 
 
 class Slots:
-    """Owns who is where. Safe to use from any thread, but for `put`, which one thread calls.
+    """Owns who is where. Safe to use from any thread.
 
     Args:
         memory: uint8 [n * slot_bytes], writable; stays where it is as long as anybody reads.

@@ -102,6 +102,15 @@ def peer(way: TransportConfig) -> Endpoint:
     return start("decode-laws", way)[1]
 
 
+def test_the_way_that_is_wished_for_is_the_one_that_is_taken(
+    peer: Endpoint, channels: Channels, way: TransportConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        exchange(channels.to(peer))
+    assert f"channel to {peer.actor_name}: {way.kind}, because " in caplog.text
+    assert f"transport.kind = {way.kind} asks for it" in caplog.text
+
+
 class TestBetweenTwoActors(TransportLaws):
     @pytest.fixture
     def connect(self, peer: Endpoint, new_channels: Callable[[], Channels]) -> Iterator[Connect]:
