@@ -33,6 +33,7 @@ class EngineRank:
 
     def __init__(self, args: RankArgs) -> None:
         process.share_interpreter()
+        process.log_lines()
         self._args = args
         self._hub: EventHub | None = None
         self._upkeep: asyncio.Task[None] | None = None

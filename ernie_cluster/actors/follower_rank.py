@@ -17,6 +17,7 @@ class FollowerRank:
 
     def __init__(self, args: RankArgs) -> None:
         process.share_interpreter()
+        process.log_lines()
         self._args = args
         self._failure: EngineFailed | None = None
 

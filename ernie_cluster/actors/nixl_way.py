@@ -33,7 +33,14 @@ all wait for this, keeps no living one waiting for longer."""
 
 
 class DirectTransport:
-    """All that is used of Ray's interface, which Ray calls alpha. NIXL's agent takes one thread at a time."""
+    """All that is used of Ray's interface, which Ray calls alpha. NIXL's agent takes one thread at a time.
+
+    Raises:
+        ImportError: nixl is not installed, or not for this CUDA; Ray would not say so.
+    """
+
+    def __init__(self) -> None:
+        import nixl  # noqa: F401
 
     def register(self, memory: torch.Tensor) -> None:
         """Let the network know host memory, uint8 [n], for as long as the process lives."""
@@ -51,8 +58,8 @@ class DirectTransport:
             RayError: the owner is dead, or the network failed.
         """
         ray.experimental.set_target_for_ref(ref, [target])
-        (found,) = ray.get(ref, timeout=timeout_s)
-        return found
+        tensors: list[torch.Tensor] = ray.get(ref, timeout=timeout_s)
+        return tensors[0]
 
 
 class NixlChannel(ObjectStoreChannel):
@@ -101,12 +108,12 @@ class NixlWay:
     def __init__(self, config: TransportConfig, direct: DirectTransport | None = None) -> None:
         self._slot_bytes = config.piece_bytes
         self._num_slots = config.staging_bytes // config.piece_bytes
-        self._direct = direct or DirectTransport()
         self._one_thread = threading.RLock()
         self._abandoned: list[torch.Tensor] = []
         self._idle: list[Slots] = []
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nixl-reader")
         try:
+            self._direct = direct or DirectTransport()
             self._buffer = self._register(self._slot_bytes)
         except ImportError as e:
             raise ConfigError(

@@ -47,6 +47,7 @@ class VisionRank:
 
     def __init__(self, args: RankArgs) -> None:
         process.share_interpreter()
+        process.log_lines()
         self._args = args
 
     async def load(self, meeting: Meeting | None) -> None:

@@ -202,8 +202,8 @@ class TransportConfig:
 
     kind: Literal["auto", "local", "ipc", "nccl", "shared_memory", "nixl", "object_store"] = "auto"
     """auto: between GPUs CUDA IPC inside a node and NCCL between nodes, where cupy is installed; else shared memory
-    inside a node, and the object store, which always works. A named one is used where it can be. local: one process. nixl: pieces lie in host memory from
-    which the receiver reads; never chosen by auto, and has to be installed on every node."""
+    inside a node, and the object store, which always works. A named one is used where it can be. local: one process.
+    nixl: the receiver reads from the sender's host memory; never chosen by auto, and to be installed on every node."""
     piece_bytes: int = 4 * MIB
     """Largest piece that is sent and checksummed at once, at least 1."""
     staging_bytes: int = 64 * MIB
