@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from concurrent.futures import Future
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from ernie_cluster.actors.links import translate
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.config.cluster import TransportConfig
-from ernie_cluster.errors import ReplicaError, ReplicaLost
+from ernie_cluster.errors import ConfigError, ReplicaError, ReplicaLost
 from ernie_cluster.transport.base import Channel, Message, Pack, PieceHeader, Sink
 from ernie_cluster.transport.choose import Choice, Endpoint, Wish, choices
 from ernie_cluster.transport.object_store import ObjectStoreChannel, ObjectStoreReceiver
@@ -221,10 +222,20 @@ def open_gpu(sink: Sink, device: torch.device, config: TransportConfig) -> GpuWa
     return GpuWays(sink, device, ray.util.get_node_ip_address(), config)
 
 
+def check_nixl(config: TransportConfig) -> None:
+    """Loads nothing; raises ConfigError where NIXL is wished for and not installed on this machine."""
+    if config.kind == "nixl" and find_spec("nixl") is None:
+        raise ConfigError(
+            "transport.kind = nixl, and nixl is not installed here: pip install 'ernie-cluster[nixl]' on every node, or "
+            "set transport.kind to auto"
+        )
+
+
 def open_nixl(config: TransportConfig) -> NixlWay | None:
     """The way by NIXL of a rank, where it is wished for; raises ConfigError where it cannot be."""
     if config.kind != "nixl":
         return None
+    check_nixl(config)
     from ernie_cluster.actors.nixl_way import NixlWay  # torch, which the conductor need not import
 
     return NixlWay(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from ernie_cluster.actors import nixl_way
-from ernie_cluster.actors.channels import Receivers, receive
+from ernie_cluster.actors import channels, nixl_way
+from ernie_cluster.actors.channels import Receivers, check_nixl, open_nixl, receive
 from ernie_cluster.actors.nixl_way import DirectTransport, NixlChannel, NixlWay
 from ernie_cluster.config.cluster import TransportConfig
 from ernie_cluster.errors import ConfigError, ReplicaLost, TransferFailed
@@ -92,16 +92,16 @@ def replica() -> Iterator[PlayedReplica]:
 class TestNixl(TransportLaws):
     @pytest.fixture
     def connect(self, replica: PlayedReplica) -> Iterator[Connect]:
-        channels: list[NixlChannel] = []
+        made: list[NixlChannel] = []
 
         def connect() -> NixlChannel:
-            channels.append(replica.open())
-            return channels[-1]
+            made.append(replica.open())
+            return made[-1]
 
         yield connect
-        for channel in channels:
+        for channel in made:
             channel.close()
-        assert len(replica.direct.published) <= MAX_PUBLICATIONS * len(channels)
+        assert len(replica.direct.published) <= MAX_PUBLICATIONS * len(made)
 
 
 def test_closed_channels_leave_their_memory_to_the_next(replica: PlayedReplica) -> None:
@@ -178,7 +178,17 @@ def test_where_it_does_not_work_the_configuration_is_at_fault() -> None:
         NixlWay(CONFIG, direct)
 
 
-def test_where_it_is_not_installed_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_cannot_be_imported_its_own_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nixl", None)
-    with pytest.raises(ConfigError, match=r"transport.kind = nixl.*pip install 'ernie-cluster\[nixl\]' on every node"):
+    with pytest.raises(ConfigError, match=r"transport.kind = nixl does not work here.*import of nixl halted"):
         NixlWay(CONFIG)
+
+
+@pytest.mark.parametrize("check", [open_nixl, check_nixl])
+def test_where_it_is_not_installed_the_remedy_is_named(
+    check: Callable[[TransportConfig], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"transport.kind = nixl.*pip install 'ernie-cluster\[nixl\]' on every node"):
+        check(CONFIG)
+    assert check(TransportConfig()) is None
