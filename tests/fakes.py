@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
+from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
 from ernie_cluster.errors import ContextTooLong, InvalidRequest
 from ernie_cluster.request import (
     FinishReason,
@@ -89,6 +89,7 @@ class FakeBackend:
         self.spans = spans
         self.states: list[ModelStatus] | Exception = [ModelStatus("tiny", True, "")]
         self.load_news: list[ReplicaLoad] | Exception = []
+        self.expert_news: list[ReplicaExperts] | Exception = []
         self.num_looks = 0
         """How often somebody asked for the loads."""
         self.requests: list[GenerationRequest] = []
@@ -165,6 +166,11 @@ class FakeBackend:
         if isinstance(self.load_news, Exception):
             raise self.load_news
         return self.load_news
+
+    async def experts(self) -> list[ReplicaExperts]:
+        if isinstance(self.expert_news, Exception):
+            raise self.expert_news
+        return self.expert_news
 
     async def close(self) -> None:
         self.is_closed = True

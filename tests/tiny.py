@@ -52,8 +52,8 @@ def tiny_config() -> ModelConfig:
 
 
 @functools.cache
-def tiny_decoder(role: Role = "mixed") -> torch.nn.Module:
-    decoder = build_decoder(tiny_config(), role, dtype=torch.float32, device=CPU)
+def tiny_decoder(role: Role = "mixed", kv_dtype: str = "auto") -> torch.nn.Module:
+    decoder = build_decoder(tiny_config(), role, dtype=torch.float32, device=CPU, kv_dtype=kv_dtype)
     load_decoder(decoder, tiny_config(), Checkpoint(tiny_folder()), has_vision_experts=role != "decode")
     return decoder
 
@@ -118,7 +118,9 @@ class Outcomes:
             self.reasons[outcome.request_id] = outcome.finish_reason
 
 
-def make_worker(role: Role = "mixed", *, num_blocks: int = 256, **settings: object) -> tuple[Worker, Outcomes]:
+def make_worker(
+    role: Role = "mixed", *, num_blocks: int = 256, kv_dtype: str = "auto", **settings: object
+) -> tuple[Worker, Outcomes]:
     """A worker on the tiny model; not started."""
     outcomes = Outcomes()
     values: dict[str, object] = {
@@ -132,7 +134,7 @@ def make_worker(role: Role = "mixed", *, num_blocks: int = 256, **settings: obje
         "can_encode": role != "decode",
         **settings,
     }
-    runner = Runner.around(tiny_decoder(role), num_blocks=num_blocks, block_size=BLOCK_SIZE)  # type: ignore[arg-type]
+    runner = Runner.around(tiny_decoder(role, kv_dtype), num_blocks=num_blocks, block_size=BLOCK_SIZE)  # type: ignore[arg-type]
     worker = Worker(runner, tiny_config(), WorkerSettings(**values), outcomes, tiny_compiler)  # type: ignore[arg-type]
     return worker, outcomes
 

@@ -24,7 +24,7 @@ from ernie_cluster.actors import background
 from ernie_cluster.actors.links import Link, failure_of, router_line, translate
 from ernie_cluster.actors.merge import AttemptFailed, Failure, News, merge
 from ernie_cluster.actors.messages import EncodeTask, ReplicaInfo, Route
-from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
+from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.errors import DeadlineExceeded, Overloaded, ReplicaError, ReplicaLost
 from ernie_cluster.policy.snapshot import Demand
@@ -120,6 +120,15 @@ class ClusterBackend:
         except Exception as e:
             raise translate(e, "the router") from None
         return loads
+
+    async def experts(self) -> list[ReplicaExperts]:
+        """See `Backend`."""
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                experts: list[ReplicaExperts] = await self._router.call("experts")
+        except Exception as e:
+            raise translate(e, "the router") from None
+        return experts
 
     async def close(self) -> None:
         """See `Backend`."""

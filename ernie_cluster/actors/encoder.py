@@ -13,7 +13,7 @@ from torch.nn import functional
 from ernie_cluster.actors import process
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
-from ernie_cluster.engine.handover import EMBED_PIECE
+from ernie_cluster.engine.slices import EMBED_PIECE
 from ernie_cluster.errors import EngineFailed
 from ernie_cluster.model.build import build_vision, torch_dtype
 from ernie_cluster.model.checkpoint import Checkpoint

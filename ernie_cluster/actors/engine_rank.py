@@ -7,10 +7,11 @@ destination is handed over, one without is answered here, and `open_decode` wait
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -19,9 +20,13 @@ from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, open_ni
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import Batch, Load, Meeting, Outcome, RankArgs, Ready
+from ernie_cluster.config.experts import LayerExperts
 from ernie_cluster.request import GenerationRequest
-from ernie_cluster.transport.base import Message
+from ernie_cluster.transport.base import Channel, Message
 from ernie_cluster.transport.choose import Endpoint
+
+if TYPE_CHECKING:
+    from ernie_cluster.engine.handover import Peers
 
 _SWEEP_S = 1.0
 _MEETING_TIMEOUT_S = 300.0
@@ -58,19 +63,27 @@ class EngineRank:
         self._worker = load_worker(args, place, self._publish)
         gpu = open_gpu(self._worker.inbox, self._worker.engine.runner.device, transport)
         self._receivers = Receivers(self._worker.inbox, args.actor_name, transport, gpu, nixl)
-        self._channels = Channels(self._receivers.endpoint, transport.kind, gpu, nixl)
+        self._endpoint = self._receivers.endpoint
+        self._channels = Channels(self._endpoint, transport.kind, gpu, nixl)
+        self._orders = Channels(self._endpoint, transport.kind)
         calls = (self.open_prefill, self.open_decode, self.abort, self.poll)
         self._server = DirectServer({call.__name__: call for call in calls})
         self._worker.warm_up()
         self._worker.start()
         self._load_s = time.perf_counter() - start
 
+    async def lead(self, others: Sequence[Endpoint]) -> None:
+        """Other ranks hold KV heads too, and can be reached there: hand-overs concern them from now on."""
+        self._endpoint = dataclasses.replace(self._endpoint, others=tuple(others))
+        ways = [other.without_gpu("orders of a leader need none") for other in others]
+        self._worker.lead([await self._orders.reach(way) for way in ways])
+
     async def ready(self) -> Ready:
         """Answers once the weights are loaded."""
         self._events()
         address = await self._server.start(ray.util.get_node_ip_address())
         node_id = ray.get_runtime_context().get_node_id()
-        return Ready(address, self._receivers.endpoint, node_id, os.getpid(), self._load_s)
+        return Ready(address, self._endpoint, node_id, os.getpid(), self._load_s)
 
     async def open_prefill(
         self, client_id: str, request: GenerationRequest, epoch: int, destination: Endpoint | None
@@ -78,9 +91,9 @@ class EngineRank:
         """See `Worker.open_prefill`; outcomes go to `client_id`."""
         self._events().open(client_id, request.request_id)
         try:
-            channel = None if destination is None else await self._channels.reach(destination)
+            way = (None,) if destination is None else await self._reach(destination)
             if self._events().is_open(request.request_id):  # not aborted while the channel was made
-                self._worker.open_prefill(request, epoch, channel)
+                self._worker.open_prefill(request, epoch, *way)
         except BaseException:
             self._events().close(request.request_id)
             raise
@@ -120,7 +133,12 @@ class EngineRank:
             num_leases=now.num_leases,
             free_blocks=now.free_blocks,
             total_blocks=now.total_blocks,
+            experts=now.experts,
         )
+
+    async def experts(self) -> list[LayerExperts]:
+        """Use and place of every expert."""
+        return self._worker.experts()
 
     async def check(self) -> bool:
         """Invariants of the block pool and the books; raises AssertionError."""
@@ -131,7 +149,17 @@ class EngineRank:
         await self._server.close()
         await asyncio.to_thread(self._worker.stop)
         await asyncio.to_thread(self._channels.close)
+        await asyncio.to_thread(self._orders.close)
         await asyncio.to_thread(self._receivers.close)
+
+    async def _reach(self, destination: Endpoint) -> tuple[Channel, Peers]:
+        """The ways to a replica: to the rank that leads, and to those others that KV goes to from here."""
+        from ernie_cluster.engine.handover import Peers
+
+        ranks = destination.ranks
+        targets = self._worker.sender.targets(len(ranks))
+        channel, *others = await asyncio.gather(*(self._channels.reach(ranks[i]) for i in (0, *targets)))
+        return channel, Peers(ranks, dict(zip(targets, others, strict=True)))
 
     def _events(self) -> EventHub:
         """Made on the actor's own loop, which does not run yet in the constructor."""

@@ -28,6 +28,8 @@ class Gang:
         self._dims = pool.dims
         group = get_current_placement_group()
         self._names, self._ranks, self._leaders = [], [], []
+        self._followers: list[list[Any]] = []
+        """Of each leader."""
         for rank in range(pool.dims.world):
             is_leader = pool.dims.coordinates(rank).tp_rank == 0
             name = actor_name if rank == 0 else f"{actor_name}:{rank}"
@@ -43,6 +45,9 @@ class Gang:
             if is_leader:
                 self._leaders.append(self._ranks[-1])
                 self._names.append(name)
+                self._followers.append([])
+            else:
+                self._followers[-1].append(self._ranks[-1])
 
     def load(self) -> list[tuple[str, str, Ready]]:
         """Load all ranks side by side.
@@ -59,6 +64,10 @@ class Gang:
         while loading:  # the first that fails says why; the others would wait for it
             done, loading = ray.wait(loading)
             ray.get(done)
+        for leader, followers in zip(self._leaders, self._followers, strict=True):
+            others = [e for e in ray.get([follower.endpoint.remote() for follower in followers]) if e is not None]
+            if others:
+                ray.get(leader.lead.remote(others))
         ready = ray.get([leader.ready.remote() for leader in self._leaders])
         lanes = [f"/{i}" if len(ready) > 1 else "" for i in range(len(ready))]
         return list(zip(lanes, self._names, ready, strict=True))
@@ -71,6 +80,7 @@ class Gang:
     async def stop(self) -> None:
         """Leaders give their things back, and dismiss the others."""
         await asyncio.gather(*(leader.stop.remote() for leader in self._leaders))
+        await asyncio.gather(*(rank.stop.remote() for followers in self._followers for rank in followers))
 
     def kill(self) -> None:
         """At once, whatever they do."""

@@ -140,7 +140,7 @@ def make_processor(config: ClusterConfig, model: str, map_media: MapMedia = map)
 
 def _longest_sequence(deployment: ModelDeployment, shape: ModelConfig) -> int:
     """Tokens that the KV cache of a replica holds, where the model could go further."""
-    engine, dtype = deployment.engine, deployment.engine.dtype_of(shape.dtype)
+    engine, dtype = deployment.engine, deployment.engine.kv_dtype_of(shape.dtype)
     tps = (pool.tp for pool in deployment.pools if pool.role in ("decode", "mixed"))
     layouts = (KVLayout.from_model(shape, engine.block_size, dtype, tp) for tp in tps)
     return max(layout.num_tokens(engine.kv_cache_bytes) for layout in layouts)

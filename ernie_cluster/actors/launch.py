@@ -21,7 +21,7 @@ from ernie_cluster.actors.environment import local_cluster
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.actors.router import find_router, router_name
 from ernie_cluster.api.tls import Certificate
-from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.cluster import ClusterConfig, ModelDeployment, PoolConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import ConfigError, ReplicaError
 from ernie_cluster.policy.sizing.check import check_fit
@@ -43,13 +43,29 @@ def check(config: ClusterConfig) -> None:
     for model in config.models:
         shape = ModelConfig.from_folder(model.path)
         model.check_media(is_multimodal=shape.is_multimodal)
+        method = model.method(shape.quantization)
         for pool in model.pools:
             pool.dims.check(shape)
-            if pool.tp > 1 and (pool.num_gpus or model.engine.device == "cuda"):
-                raise ConfigError(
-                    f"model {model.name!r}, pool {pool.role}: tp = {pool.tp} on GPUs; in this version the ranks of a "
-                    "tensor-parallel group must share their KV cache, which they can on CPU only: set tp to 1"
-                )
+            if method is not None and pool.role != "vision":
+                pool.dims.check_blocks(shape, method)
+            _check_gang(model, pool)
+
+
+def _check_gang(model: ModelDeployment, pool: PoolConfig) -> None:
+    """What ranks of one replica cannot do on GPUs."""
+    where = f"model {model.name!r}, pool {pool.role}"
+    if not pool.num_gpus or model.engine.device == "cpu":
+        return
+    if pool.tp > 1 and model.engine.kv_placement == "shared":
+        raise ConfigError(
+            f"{where}: tp = {pool.tp} on GPUs with engine.kv_placement = shared; a GPU's memory holds the KV of its own "
+            "rank: use split or auto"
+        )
+    if pool.dims.world > 1 and pool.num_gpus < 1:
+        raise ConfigError(
+            f"{where}: tp * dp = {pool.dims.world} ranks with num_gpus = {pool.num_gpus:g} each; they would share a "
+            "GPU, and NCCL takes no two ranks on one: set num_gpus to 1"
+        )
 
 
 def check_machines(config: ClusterConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ernie_cluster.actors import process
@@ -11,13 +12,19 @@ from ernie_cluster.actors.messages import Outcome, RankArgs
 from ernie_cluster.config.cluster import EngineConfig
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.engine.balance import Rule
+from ernie_cluster.engine.follower import Follower
 from ernie_cluster.engine.runner import Runner
+from ernie_cluster.engine.slices import SliceOf
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.grammar.compile import Compiler, Vocabulary
 from ernie_cluster.inputs.tokenizer import Tokenizer, end_token_ids
 from ernie_cluster.model.group import ALONE, Place, join
 from ernie_cluster.observe.progress import ByteProgress
+from ernie_cluster.policy.experts import rebalance
+from ernie_cluster.transport.base import Channel
+from ernie_cluster.transport.choose import Endpoint
 
 _COLLECTIVE_TIMEOUT_S = 120.0
 """A rank that lets its peers wait for longer is taken for dead; a first step may compile for many seconds."""
@@ -46,7 +53,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
     process.set_threads(settings.threads(args.num_cpus))
     shape = ModelConfig.from_folder(folder)
     dtype = settings.dtype_of(shape.dtype)
-    layout = KVLayout.from_model(shape, settings.block_size, dtype, args.shard.dims.tp)
+    layout = KVLayout.from_model(shape, settings.block_size, settings.kv_dtype_of(shape.dtype), args.shard.dims.tp)
     num_blocks = settings.kv_cache_bytes // layout.block_bytes
     if num_blocks < 2:
         raise ConfigError(
@@ -63,8 +70,28 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
         num_blocks=num_blocks,
         block_size=settings.block_size,
         place=place,
+        max_graphed=settings.max_num_seqs if settings.cuda_graphs else 0,
+        shares_kv=settings.kv_placement != "split",
+        rule=rule_of(args),
+        quantization=args.config.model(args.model).quantization,
+        kv_dtype=settings.kv_dtype,
         progress=ByteProgress(f"{args.model}, {args.role}{number}: weights", sys.stderr),
     )
+
+
+def load_follower(
+    args: RankArgs, place: Place, connect: Callable[[Endpoint], Channel]
+) -> tuple[Runner, Follower | None]:
+    """What a following rank runs, and its part in hand-overs, None where the leader sees all KV heads.
+
+    `connect` gives the channel to a rank of another replica. Raises as `load_runner` does.
+    """
+    runner = load_runner(args, place)
+    num_kv_heads = runner.decoder.config.num_kv_heads
+    if runner.kv.data.shape[4] == num_kv_heads:
+        return runner, None
+    part = SliceOf(num_kv_heads, place.tp.rank, place.tp.size)
+    return runner, Follower(runner.kv, part, args.config.transport.piece_bytes, connect)
 
 
 def load_worker(args: RankArgs, place: Place, emit: Callable[[list[Outcome]], None]) -> Worker:
@@ -91,6 +118,14 @@ def load_worker(args: RankArgs, place: Place, emit: Callable[[list[Outcome]], No
 
 def _settings(args: RankArgs) -> EngineConfig:
     return args.config.model(args.model).engine
+
+
+def rule_of(args: RankArgs) -> Rule | None:
+    """When the experts of this rank's gang move; None = never."""
+    pool = args.config.model(args.model).pool(args.role)
+    if pool is None or not pool.eplb.enabled:
+        return None
+    return Rule(pool.eplb.interval_steps, partial(rebalance, min_gain=pool.eplb.min_gain))
 
 
 def load_vocabulary(folder: str, size: int) -> Vocabulary:

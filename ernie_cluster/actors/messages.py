@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ernie_cluster.actors.direct import Address
 from ernie_cluster.config.cluster import ClusterConfig, Role
+from ernie_cluster.config.experts import ExpertUse
 from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.policy.routing import Path
 from ernie_cluster.request import MediaInput, RequestFailed, Span, TokenEvent
@@ -78,6 +79,7 @@ class Load:
     num_leases: int = 0
     free_blocks: int = 0
     total_blocks: int = 0
+    experts: ExpertUse | None = None
 
     @property
     def is_idle(self) -> bool:

@@ -19,7 +19,7 @@ import ray
 from ernie_cluster.actors import background
 from ernie_cluster.actors.direct import Address, DirectServer
 from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route
-from ernie_cluster.api.backend import ModelStatus, ReplicaLoad
+from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.routing import choose_encoder, choose_path
@@ -72,6 +72,7 @@ class Router:
         if self._address is None:
             calls = (
                 self.acquire, self.acquire_encoder, self.opened, self.release, self.lost, self.status, self.loads,
+                self.experts,
             )  # fmt: skip
             server = DirectServer({call.__name__: call for call in calls})
             self._address = background.start(server.start(ray.util.get_node_ip_address()))
@@ -173,10 +174,19 @@ class Router:
                 waiting_tokens=s.waiting_tokens,
                 free_blocks=s.free_blocks,
                 total_blocks=s.total_blocks,
+                experts=s.experts,
             )
             for s in self._books.view(time.monotonic())
             if s.is_usable
         ]
+
+    async def experts(self) -> list[ReplicaExperts]:
+        """Use and place of every expert of each replica that takes new work and has some."""
+        self._touch()
+        infos = [self._replicas[s.replica_id] for s in self._books.view(time.monotonic()) if s.is_usable and s.experts]
+        async with asyncio.timeout(self._limits.heartbeat_timeout_s):
+            layers = await asyncio.gather(*(ray.get_actor(i.actor_name, NAMESPACE).experts.remote() for i in infos))
+        return [ReplicaExperts(i.model, i.role, i.replica_id, own) for i, own in zip(infos, layers, strict=True)]
 
     async def check(self) -> int:
         """Invariants of the books; how many promises are open."""
@@ -239,6 +249,7 @@ class Router:
             total_blocks=load.total_blocks,
             block_size=self._config.model(info.model).engine.block_size,
             age_s=age_s,
+            experts=load.experts,
         )
 
     async def _exit_when_idle(self) -> None:

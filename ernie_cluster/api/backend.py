@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ernie_cluster.config.experts import ExpertUse, LayerExperts
 from ernie_cluster.request import GenerationRequest, MediaInput, TokenEvent
 
 
@@ -41,6 +42,18 @@ class ReplicaLoad:
     """KV blocks that nothing holds or is promised; what a prefix cache could evict counts as free."""
     total_blocks: int
     """0 where there is no KV."""
+    experts: ExpertUse | None = None
+    """None where there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaExperts:
+    """Use and place of the experts of one replica, or of one of its groups of ranks."""
+
+    model: str
+    role: str
+    replica: str
+    layers: list[LayerExperts]
 
 
 class Backend(Protocol):
@@ -83,6 +96,14 @@ class Backend(Protocol):
 
         Raises:
             ReplicaError: nobody can tell.
+        """
+        ...
+
+    async def experts(self) -> list[ReplicaExperts]:
+        """Of every replica that takes new work and has experts; asks them all.
+
+        Raises:
+            ReplicaError: one could not tell.
         """
         ...
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ernie_cluster.api.backend import Backend, ReplicaLoad
+from ernie_cluster.config.experts import ExpertUse
 from ernie_cluster.errors import ErnieClusterError
 from ernie_cluster.observe.metrics import Metrics
 
@@ -64,3 +65,16 @@ class ReplicaGauges:
             for state, count in (("used", load.total_blocks - load.free_blocks), ("free", load.free_blocks))
         }
         show("ernie_kv_blocks", blocks)
+        self._show_experts({key: load.experts for key, load in by_replica.items() if load.experts is not None})
+
+    def _show_experts(self, uses: Mapping[tuple[str, ...], ExpertUse]) -> None:
+        show = self._metrics.replace
+        show("ernie_expert_imbalance", {key: use.imbalance for key, use in uses.items()})
+        show("ernie_hottest_expert_share", {key: use.hottest_share for key, use in uses.items()})
+        show("ernie_expert_moves", {key: use.num_moves for key, use in uses.items()})
+        routed = {
+            (*key, modality): tokens
+            for key, use in uses.items()
+            for modality, tokens in zip(("text", "vision"), use.routed_tokens, strict=False)
+        }
+        show("ernie_routed_tokens", routed)

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 OPEN = frozenset({"/health", "/ready", "/version"})
 """Routes that never need a key."""
-ADMIN = frozenset({"/metrics"})
+ADMIN = frozenset({"/metrics", "/debug/experts"})
 """Routes that need the admin key where there is one, and none where there is not."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Scope
 
-from ernie_cluster.api.backend import Backend, ModelStatus, ReplicaLoad
+from ernie_cluster.api.backend import Backend, ModelStatus, ReplicaExperts, ReplicaLoad
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.ratelimit import Amounts, Budget
 from ernie_cluster.errors import Overloaded, ReplicaError
@@ -115,6 +115,9 @@ class PaidBackend:
 
     async def loads(self) -> list[ReplicaLoad]:
         return await self._backend.loads()
+
+    async def experts(self) -> list[ReplicaExperts]:
+        return await self._backend.experts()
 
     async def close(self) -> None:
         await self._backend.close()

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
@@ -122,6 +123,10 @@ def create_app(
     async def render_metrics() -> Response:
         await gauges.refresh()
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/debug/experts")
+    async def experts() -> Response:
+        return json_response({"object": "list", "data": [asdict(replica) for replica in await backend.experts()]})
 
     @app.get("/version")
     async def show_version() -> Response:

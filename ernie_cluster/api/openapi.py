@@ -19,6 +19,7 @@ from ernie_cluster.api.shapes import (
     DetokenizeAnswer,
     Document,
     Error,
+    Experts,
     Health,
     MessagesError,
     Model,
@@ -156,6 +157,13 @@ OPERATIONS: tuple[Operation, ...] = (
         "/ready", "ready", "Tell whether every model can take requests.", Readiness, more_statuses=frozenset({503})
     ),
     Operation("/metrics", "metrics", "Show the metrics, in Prometheus' text format.", str),
+    Operation(
+        "/debug/experts",
+        "experts",
+        "Show how many tokens each expert has had, and on which ranks it stands.",
+        Experts,
+        more_statuses=frozenset({503}),
+    ),
     Operation("/version", "version", "Tell the version.", Version),
     Operation("/openapi.json", "openapi", "Show this document.", Document),
 )

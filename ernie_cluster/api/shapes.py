@@ -113,6 +113,32 @@ class Readiness(Shape):
     """Why nothing is known of the models."""
 
 
+class Layer(Shape):
+    """The experts of one layer: those for text have the indices 0 to n - 1, those for vision follow."""
+
+    layer: int
+    tokens: list[int]
+    """That each expert got from this engine since its start."""
+    table: list[list[int]]
+    """The expert in every slot of each rank; -1 is an empty slot."""
+
+
+class ReplicaExperts(Shape):
+    """The experts of one replica; one of several data-parallel groups tells of its own tokens."""
+
+    model: str
+    role: str
+    replica: str
+    layers: list[Layer]
+
+
+class Experts(Shape):
+    """The experts of all replicas."""
+
+    object: Literal["list"]
+    data: list[ReplicaExperts]
+
+
 class Version(Shape):
     """The version of this software."""
 

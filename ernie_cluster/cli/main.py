@@ -24,6 +24,7 @@ examples:
   ernie-cluster eval                              judge what a server says, skill by skill
   ernie-cluster index photos/ --out photos.index  let models search a folder of pictures
   ernie-cluster plan --model 28b --gpu h100-80g   does it fit, and how fast could it be
+  ernie-cluster quantize IN OUT --method wint4    a checkpoint of a third of the size
   ernie-cluster config cluster.yaml               check a configuration and show all of it
   ernie-cluster serve cluster.yaml --set api.port=9000
   ernie-cluster COMMAND --help
@@ -40,6 +41,7 @@ COMMANDS = {
     "eval": "ask a server held-out questions: accuracy per skill",
     "index": "index a folder of pictures, so that models can search it",
     "plan": "say whether a model fits on GPUs, how much KV is left, and how fast it could be",
+    "quantize": "write a checkpoint in 8 or 4 bits",
     "config": "check a configuration and print it with all defaults filled in",
     "key": "make an API key",
 }

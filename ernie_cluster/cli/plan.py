@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ernie_cluster.cli.config import add_config_arguments, read_config
 from ernie_cluster.cli.plan_report import Report, as_json, as_text
-from ernie_cluster.config.cluster import ClusterConfig, EngineConfig
+from ernie_cluster.config.cluster import GPU_BLOCK_TOKENS, ClusterConfig, EngineConfig
 from ernie_cluster.config.convert import unknown_key
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims
@@ -20,7 +20,7 @@ from ernie_cluster.policy.sizing.check import pools_of, remedy, setting_of, size
 from ernie_cluster.policy.sizing.formats import FORMATS
 from ernie_cluster.policy.sizing.gpus import GPUS, Gpu, gpu
 from ernie_cluster.policy.sizing.layout import Wish, nearest, place
-from ernie_cluster.policy.sizing.memory import IMAGE_MAX_PIXELS, KV_BYTES
+from ernie_cluster.policy.sizing.memory import IMAGE_MAX_PIXELS, KV_TYPES
 from ernie_cluster.policy.sizing.pools import Setting
 
 _EXAMPLES = f"""\
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bf16 (default), fp8 (blocks of 128 x 128), wint8, or wint4: experts in 4 bits, other linear layers in 8",
     )
     parser.add_argument(
-        "--kv-dtype", choices=[*_ALIASES, *KV_BYTES], metavar="TYPE", help="bf16 (default), fp8 or int8"
+        "--kv-dtype", choices=[*_ALIASES, *KV_TYPES], metavar="TYPE", help="bf16 (default), fp8 or int8"
     )
     parser.add_argument("--max-model-len", metavar="N", type=int, help="longest sequence (default 32768)")
     parser.add_argument("--max-num-seqs", metavar="N", type=int, help="sequences at a time (default 64)")
@@ -162,7 +162,7 @@ def _engine(args: argparse.Namespace, shape: ModelConfig) -> EngineConfig:
         raise ConfigError(f"--max-model-len {length}: the model was trained for {bound} positions at most")
     seqs = 64 if args.max_num_seqs is None else args.max_num_seqs
     tokens = max(4096, seqs) if args.max_batch_tokens is None else args.max_batch_tokens
-    return EngineConfig(max_batch_tokens=tokens, max_num_seqs=seqs, max_model_len=length)
+    return EngineConfig(block_size=GPU_BLOCK_TOKENS, max_batch_tokens=tokens, max_num_seqs=seqs, max_model_len=length)
 
 
 def _image_max_pixels(args: argparse.Namespace) -> int:

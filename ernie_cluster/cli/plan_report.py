@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_cluster.config.cluster import MIB, PoolConfig
+from ernie_cluster.config.kv_layout import SCALE_BYTES
 from ernie_cluster.policy.sizing import speed
 from ernie_cluster.policy.sizing.memory import kv_layout
 from ernie_cluster.policy.sizing.pools import PoolSizing, Setting, gigabytes
@@ -178,28 +179,31 @@ def _configuration(report: Report) -> str:
             f"      - {{role: {p.role}, num_replicas: {p.num_replicas}, num_cpus: {p.num_cpus:g}, num_gpus: {p.num_gpus:g}{split}}}"
         )
     e = s.engine
+    if s.weights.is_quantised:
+        lines.append(f"    quantization: {s.weights.name}")
     lines += [
         "    engine:",
+        f"      block_size: {e.block_size}",
         f"      kv_cache_bytes: {kv}MiB",
         f"      max_batch_tokens: {e.max_batch_tokens}",
         f"      max_num_seqs: {e.max_num_seqs}",
         f"      max_model_len: {e.max_model_len}",
+        *([f"      kv_dtype: {s.kv}"] if s.kv in SCALE_BYTES else []),
     ]
     return "\n".join(lines)
 
 
 def _is_servable(setting: Setting) -> bool:
-    """Whether a configuration can ask for this: weights and KV of the checkpoint's own type."""
-    return not setting.weights.is_quantised and setting.kv == setting.weights.name
+    """Whether a configuration can ask for this: KV of the model's own type, or in 8 bits."""
+    own = setting.weights.name if not setting.weights.is_quantised else setting.model.dtype
+    return setting.kv == own or setting.kv in SCALE_BYTES
 
 
 def _notes(report: Report) -> Iterable[str]:
     if report.num_idle:
         yield f"note: {report.num_idle} GPUs are left over: no further gang can be made of them"
-    if any(p.dims.tp > 1 for p in report.pools):
-        yield "note: `serve` of this version runs tp > 1 on CPU only; on GPUs it can be planned"
     if report.fits and not _is_servable(report.setting):
-        yield "note: `serve` of this version keeps weights and KV in the checkpoint's type; quantised ones can be planned only"
+        yield "note: `serve` keeps KV in the weights' type, or in 8 bits; other types can be planned only"
 
 
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:

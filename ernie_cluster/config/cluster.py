@@ -17,6 +17,7 @@ from typing import Literal
 from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.keys import is_sha256
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.quantization import Method, Quantization, choose_method
 from ernie_cluster.errors import ConfigError, UnknownModel
 
 Role = Literal["vision", "prefill", "decode", "mixed"]
@@ -25,6 +26,9 @@ Device = Literal["auto", "cpu", "cuda"]
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+
+GPU_BLOCK_TOKENS = 256
+"""KV blocks on a GPU are a multiple of so many tokens: the pages that torch's paged attention takes."""
 
 
 def _check_range(owner: object, low: float, *names: str, high: float = math.inf) -> None:
@@ -55,7 +59,7 @@ class EngineConfig:
     """One engine: the same for all replicas of a model. Sizes are per rank."""
 
     block_size: int = 16
-    """Tokens per KV block, at least 1."""
+    """Tokens per KV block, at least 1; a multiple of 256 where a pool that computes in bfloat16 has GPUs."""
     kv_cache_bytes: int = 256 * MIB
     """Bytes of KV cache per rank, at least 1; what does not fill a block is not used."""
     max_batch_tokens: int = 2048
@@ -66,10 +70,17 @@ class EngineConfig:
     """Keep full blocks of finished prompts and share them with prompts that begin alike."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and KV; auto is the checkpoint's own."""
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Of K and V: int8 or fp8 (e4m3) take half of bfloat16's room, with a scale for each token and head; auto is `dtype`."""
     device: Device = "auto"
     """auto: cuda where the replica was given a GPU, else cpu."""
     num_threads: int = 0
     """CPU threads per rank; 0 = as many as the cores that the replica was given."""
+    cuda_graphs: bool = True
+    """Record decode steps as CUDA graphs, which takes seconds at the start; on GPUs only, in bfloat16, with dp = 1."""
+    kv_placement: Literal["auto", "shared", "split"] = "auto"
+    """Where `tp` ranks hold KV: shared = one memory with all heads, on the CPU of one host; split = each rank its own
+    heads; auto = split on GPUs, else shared."""
     max_model_len: int | None = None
     """Most tokens of one sequence, prompt and output together, at least 2; None = the model's own bound."""
 
@@ -78,8 +89,12 @@ class EngineConfig:
         return self.num_threads or max(1, int(num_cpus))
 
     def dtype_of(self, checkpoint_dtype: str) -> str:
-        """Type of weights and KV for a checkpoint stored as `checkpoint_dtype`."""
+        """Type of weights that are not quantised, and of activations, for a checkpoint stored as `checkpoint_dtype`."""
         return checkpoint_dtype if self.dtype == "auto" else self.dtype
+
+    def kv_dtype_of(self, checkpoint_dtype: str) -> str:
+        """Type of KV, as `KVLayout.from_model` takes it."""
+        return self.dtype_of(checkpoint_dtype) if self.kv_dtype == "auto" else self.kv_dtype
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "block_size", "kv_cache_bytes", "max_batch_tokens", "max_num_seqs")
@@ -90,6 +105,26 @@ class EngineConfig:
                 f"max_batch_tokens = {self.max_batch_tokens} must be at least max_num_seqs = {self.max_num_seqs}: "
                 "each running sequence takes one token of every step"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class EplbConfig:
+    """Expert-parallel load balancing: experts of a gang move to where the ranks have equally much to do."""
+
+    enabled: bool = False
+    """Move experts, between two steps, by the tokens that each has had. Answers stay the same. For gangs only."""
+    interval_steps: int = 1000
+    """Steps between two decisions, at least 1; each looks at the tokens since the one before."""
+    redundant_experts: int = 0
+    """Slots of each rank, layer and modality for copies of hot experts, at least 0, while `enabled`; each costs the memory
+    of an expert. With 0 experts change places only."""
+    min_gain: float = 0.05
+    """A layer's experts stay unless the fullest rank would lose at least this part of its load, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, "interval_steps")
+        _check_range(self, 0, "redundant_experts")
+        _check_range(self, 0, "min_gain", high=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +143,10 @@ class PoolConfig:
     """Tensor-parallel ranks, at least 1; 1 in vision pools."""
     dp: int = 1
     """Data-parallel groups of `tp` ranks, at least 1; 1 in vision pools."""
+    eplb: EplbConfig = EplbConfig()
+    """Where experts stand; only where `tp * dp` is more than 1."""
+    quantization: Literal["auto", Quantization] = "auto"
+    """auto = the model's; another one is refused, see `ModelDeployment`."""
 
     def __post_init__(self) -> None:
         _check_range(self, 1, "num_replicas")
@@ -119,11 +158,15 @@ class PoolConfig:
                 f"vision pool: tp * dp = {self.tp} * {self.dp} = {world} must be 1; "
                 "a picture is encoded on one rank, so raise num_replicas instead"
             )
+        if self.eplb.enabled and world == 1:
+            raise ConfigError(
+                f"{self.role} pool: eplb.enabled with tp * dp = 1: one rank has all experts; raise tp or dp, or turn it off"
+            )
 
     @property
     def dims(self) -> ParallelDims:
         """How one replica's ranks split the model."""
-        return ParallelDims(self.tp, self.dp)
+        return ParallelDims(self.tp, self.dp, self.eplb.redundant_experts if self.eplb.enabled else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +185,9 @@ class ModelDeployment:
     """One per role: mixed, or prefill and decode, or all three; and vision where pictures are to be served."""
     engine: EngineConfig = EngineConfig()
     """The same for all pools."""
+    quantization: Literal["auto", Quantization] = "auto"
+    """How the decoder's matrices are held, in all pools alike: none, wint8, wint4 (experts in 4 bits, the rest in 8) or fp8
+    (Hopper); auto = as the checkpoint stores them. A plain checkpoint is quantised while it is loaded."""
     image_min_pixels: int | None = None
     """Smaller pictures are enlarged to this, at least 1; None = the checkpoint's preprocessor_config.json."""
     image_max_pixels: int | None = None
@@ -153,6 +199,7 @@ class ModelDeployment:
         if not self.path:
             raise ConfigError("path is empty; name a checkpoint folder")
         self._check_pools()
+        self._check_quantization()
         _check_range(self, 1, "image_min_pixels", "image_max_pixels")
         if self.image_min_pixels and self.image_max_pixels and self.image_max_pixels < self.image_min_pixels:
             raise ConfigError(
@@ -174,10 +221,48 @@ class ModelDeployment:
                     f"pools of {self.name!r}: {pool.role} has num_gpus = 0 but engine.device is cuda; "
                     "give it GPUs, or set device to auto"
                 )
+            self._check_blocks(pool)
+
+    def _check_blocks(self, pool: PoolConfig) -> None:
+        has_gpu = pool.num_gpus > 0 and self.engine.device != "cpu" and self.engine.dtype != "float32"
+        if has_gpu and pool.role != "vision" and self.engine.block_size % GPU_BLOCK_TOKENS:
+            raise ConfigError(
+                f"engine.block_size = {self.engine.block_size} of {self.name!r}: {pool.role} has GPUs, whose attention takes "
+                f"blocks of a multiple of {GPU_BLOCK_TOKENS} tokens; set it to {GPU_BLOCK_TOKENS}"
+            )
+
+    def _check_quantization(self) -> None:
+        """One for all pools. KV and tokens of one pool are continued by another; with other weights there, an answer would
+        depend on which replicas took part in it, and one that goes on after a failure would change."""
+        for pool in self.pools:
+            if pool.quantization not in ("auto", self.quantization):
+                raise ConfigError(
+                    f"pools of {self.name!r}: {pool.role} has quantization = {pool.quantization}, the model has "
+                    f"{self.quantization}; KV that one pool computes is continued by another, so all pools need the same "
+                    "weights: set quantization on the model, or serve it under two names"
+                )
 
     def pool(self, role: Role) -> PoolConfig | None:
         """The pool of this role, or None."""
         return next((p for p in self.pools if p.role == role), None)
+
+    def method(self, stored: Quantization) -> Method | None:
+        """How its weights are held, None for plain ones, beside a checkpoint that is stored so.
+
+        Raises:
+            ConfigError: the two differ, or a pool runs where the method does not.
+        """
+        try:
+            method = choose_method(self.quantization, stored)
+        except ConfigError as e:
+            raise ConfigError(f"model {self.name!r}: {e}") from None
+        on_cpu = [p.role for p in self.pools if p.role != "vision" and (not p.num_gpus or self.engine.device == "cpu")]
+        if method is not None and method.is_fp8 and on_cpu:
+            raise ConfigError(
+                f"model {self.name!r}: quantization = fp8 needs Hopper GPUs or newer ones, and pool {on_cpu[0]} runs on CPU; "
+                "use wint8 or wint4"
+            )
+        return method
 
     def check_media(self, *, is_multimodal: bool) -> None:
         """Hold the pools against the checkpoint.

@@ -5,13 +5,17 @@ Prefill and decode compare their layouts before the first hand-over. Knows no te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import ConfigError
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "fp8": 1}
 """Bytes per number of the types that a KV cache may have."""
+
+SCALE_BYTES = {"int8": 2, "fp8": 2}
+"""Bytes of the scale that the numbers of one token and head share, a bfloat16 behind them, by type that has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class KVLayout:
     num_kv_heads: int
     """KV heads on this rank."""
     head_dim: int
+    """Numbers per token and head; where they have a scale, with its bytes."""
     block_size: int
     """Tokens per block."""
     dtype_bytes: int
@@ -55,6 +60,12 @@ class KVLayout:
         return max(0, cache_bytes // self.block_bytes - 1) * self.block_size
 
     @classmethod
+    def of_cache(cls, shape: Sequence[int], dtype_bytes: int) -> KVLayout:
+        """Layout of a cache [layers, 2, num_blocks, block_size, kv_heads, head_dim]."""
+        num_layers, _, _, block_size, num_kv_heads, head_dim = shape
+        return cls(num_layers, num_kv_heads, head_dim, block_size, dtype_bytes)
+
+    @classmethod
     def from_model(cls, model: ModelConfig, block_size: int, dtype: str, tp: int = 1) -> KVLayout:
         """Layout on each of `tp` ranks.
 
@@ -71,7 +82,7 @@ class KVLayout:
         return cls(
             num_layers=model.text.num_layers,
             num_kv_heads=len(kv_heads_of_rank(model.text.num_kv_heads, tp, tp_rank=0)),
-            head_dim=model.text.head_dim,
+            head_dim=model.text.head_dim + SCALE_BYTES.get(dtype, 0) // DTYPE_BYTES[dtype],
             block_size=block_size,
             dtype_bytes=DTYPE_BYTES[dtype],
         )

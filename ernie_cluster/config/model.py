@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ernie_cluster.config.quantization import Quantization, stored_quantization
 from ernie_cluster.errors import CheckpointError, ConfigError
 
 
@@ -131,6 +132,8 @@ class ModelConfig:
     token_ids: TokenIds | None
     dtype: str
     """Storage type of the weights: "bfloat16" or "float32". The router is float32 always."""
+    quantization: Quantization = "none"
+    """How the decoder's matrices are stored, of which `dtype` says nothing then."""
 
     @property
     def is_multimodal(self) -> bool:
@@ -173,7 +176,7 @@ class ModelConfig:
             raise ConfigError(
                 f"model_type {kind!r} is not served here; known: ernie4_5_moe_vl, ernie4_5_vl_moe, ernie4_5_moe, ernie4_5"
             )
-        return reader(raw)
+        return replace(reader(raw), quantization=stored_quantization(raw))
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ernie_cluster.config.kv_layout import kv_heads_of_rank
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.quantization import Method
 from ernie_cluster.errors import ConfigError
 
 
@@ -32,11 +33,17 @@ class ParallelDims:
     """Ranks that share one token's attention heads and MLP columns; at least 1."""
     dp: int = 1
     """Groups of `tp` ranks, each with its own tokens; at least 1."""
+    redundant_experts: int = 0
+    """Slots of each rank and modality beyond its share of the experts, for copies of hot ones; at least 0."""
 
     def __post_init__(self) -> None:
-        for axis, size in (("tp", self.tp), ("dp", self.dp)):
-            if size < 1:
-                raise ConfigError(f"{axis} = {size} must be at least 1")
+        for name, size, least in (
+            ("tp", self.tp, 1),
+            ("dp", self.dp, 1),
+            ("redundant_experts", self.redundant_experts, 0),
+        ):
+            if size < least:
+                raise ConfigError(f"{name} = {size} must be at least {least}")
 
     @property
     def world(self) -> int:
@@ -72,6 +79,28 @@ class ParallelDims:
                     f"(tp = {self.tp}, dp = {self.dp}, ep = tp * dp = {self.ep}); "
                     f"{axis} can be {', '.join(map(str, _divisors(size)))}"
                 )
+            if axis == "ep" and size // parts + self.redundant_experts > size:
+                raise ConfigError(
+                    f"redundant_experts = {self.redundant_experts} must be at most {size - size // parts}: "
+                    f"{name} / (tp * dp) = {size // parts} stand on each rank already, none of them twice"
+                )
+
+    def check_blocks(self, model: ModelConfig, method: Method) -> None:
+        """Hold what is split, or laid together in one matrix, against the blocks that share a scale.
+
+        With a scale per row nothing has to divide: a rank with some columns of a row has the whole row's scale.
+
+        Raises:
+            ConfigError: a block would lie in two ranks, or in two matrices; with the equation.
+        """
+        block = method.block[1]
+        for name, size, tp in _blocked(model, self.tp) if block else ():
+            if size // tp % block:
+                over, sizes = (f"{name} / tp", f"{size} / {tp}") if tp > 1 else (name, str(size))
+                raise ConfigError(
+                    f"quantization {method.name}: {over} % {block} = {sizes} % {block} = {size // tp % block}, must be 0, "
+                    f"as {block} x {block} numbers share a scale; choose wint8{' or a smaller tp' if tp > 1 else ''}"
+                )
 
     def _splits(self, model: ModelConfig) -> Iterator[tuple[str, int, str, int]]:
         """(name, size, axis, parts) of everything that is split."""
@@ -83,6 +112,19 @@ class ParallelDims:
         for name, pool in (("text_experts", text.text_experts), ("vision_experts", text.vision_experts)):
             if pool is not None:
                 yield f"{name}.num_experts", pool.num_experts, "ep", self.ep
+
+
+def _blocked(model: ModelConfig, tp: int) -> Iterator[tuple[str, int, int]]:
+    """(name, size, ranks that share it) of rows that are laid together in one matrix, and of columns that are split."""
+    text = model.text
+    yield "num_heads * head_dim", text.num_heads * text.head_dim, tp
+    yield "num_kv_heads * head_dim", text.num_kv_heads * text.head_dim, tp
+    if len(text.sparse_layers) < text.num_layers:
+        yield "intermediate_size", text.intermediate_size, tp
+    yield "shared_intermediate_size", text.shared_intermediate_size, tp
+    for name, pool in (("text_experts", text.text_experts), ("vision_experts", text.vision_experts)):
+        if pool is not None:
+            yield f"{name}.intermediate_size", pool.intermediate_size, 1
 
 
 def ep_rank_of(expert: int, num_experts: int, ep: int) -> int:
@@ -142,23 +184,9 @@ class Shard:
         first, end = (-(-rank * num_experts // self.dims.ep) for rank in (self.ep_rank, self.ep_rank + 1))
         return range(first, end)
 
-
-def expert_places(num_experts: int, num_pools: int, dims: ParallelDims) -> list[tuple[int, int]]:
-    """(rank, index among that rank's experts) of every expert of the joint table.
-
-    A rank holds its text experts first, then its vision experts.
-
-    Args:
-        num_experts: of one modality.
-        num_pools: modalities, 1 or 2.
-    """
-    ranks = [ep_rank_of(e, num_experts, dims.ep) for e in range(num_experts * num_pools)]
-    seen = [0] * dims.ep
-    places = []
-    for rank in ranks:
-        places.append((rank, seen[rank]))
-        seen[rank] += 1
-    return places
+    def slots(self, num_experts: int) -> int:
+        """Places for experts on this rank within one modality's `num_experts`, redundant ones included."""
+        return len(self.experts(num_experts)) + self.dims.redundant_experts
 
 
 WHOLE = Shard()

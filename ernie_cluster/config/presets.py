@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ernie_cluster.config.cluster import (
     GIB,
+    GPU_BLOCK_TOKENS,
     MIB,
     ClusterConfig,
     EngineConfig,
@@ -28,20 +29,20 @@ POCKET = str(Path(__file__).parents[1] / "data" / "pocket")
 """Folder of the checkpoint that comes with this package."""
 
 _28B_ENGINE = EngineConfig(  # 58.8 GB of weights + 12.9 GB of KV (224,000 tokens) on one 80 GB GPU
-    kv_cache_bytes=12 * GIB, max_batch_tokens=4096, max_num_seqs=64
+    block_size=GPU_BLOCK_TOKENS, kv_cache_bytes=12 * GIB, max_batch_tokens=4096, max_num_seqs=64
 )
 _424B_ENGINE = EngineConfig(  # per GPU of 8 x 141 GB: 106 GB of weights + 17.2 GB of KV (621,000 tokens)
-    kv_cache_bytes=16 * GIB, max_batch_tokens=4096, max_num_seqs=32
+    block_size=GPU_BLOCK_TOKENS, kv_cache_bytes=16 * GIB, max_batch_tokens=4096, max_num_seqs=32
 )
 
 _03B_ENGINE = EngineConfig(  # 0.7 GB of weights + 1.1 GB of KV (58,000 tokens) in memory
     kv_cache_bytes=1 * GIB, max_batch_tokens=512, max_num_seqs=16
 )
 _21B_ENGINE = EngineConfig(  # 43.7 GB of weights + 17.2 GB of KV (299,000 tokens) on one 80 GB GPU
-    kv_cache_bytes=16 * GIB, max_batch_tokens=4096, max_num_seqs=64
+    block_size=GPU_BLOCK_TOKENS, kv_cache_bytes=16 * GIB, max_batch_tokens=4096, max_num_seqs=64
 )
 _300B_ENGINE = EngineConfig(  # per GPU of 8 x 141 GB: 75 GB of weights + 34.4 GB of KV (1,243,000 tokens)
-    kv_cache_bytes=32 * GIB, max_batch_tokens=4096, max_num_seqs=64
+    block_size=GPU_BLOCK_TOKENS, kv_cache_bytes=32 * GIB, max_batch_tokens=4096, max_num_seqs=64
 )
 
 

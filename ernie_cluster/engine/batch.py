@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ernie_cluster.engine.buckets import DecodeBuckets
 from ernie_cluster.engine.scheduler import Schedule
 from ernie_cluster.engine.sequence import Sequence
+from ernie_cluster.model.packing import make_step
 from ernie_cluster.model.step import StepInput
 
 
@@ -46,14 +48,24 @@ class BatchBuilder:
         block_size: tokens per block.
         vision_ids: token ids of the vision expert pool; empty for text-only models.
         device: where the tensors go.
+        buckets: sizes to which steps that only decode are padded; None: they are not.
     """
 
-    def __init__(self, block_size: int, vision_ids: frozenset[int], device: torch.device) -> None:
-        self._block_size, self._device = block_size, device
+    def __init__(
+        self,
+        block_size: int,
+        vision_ids: frozenset[int],
+        device: torch.device,
+        buckets: DecodeBuckets | None = None,
+    ) -> None:
+        self._block_size, self._device, self._buckets = block_size, device, buckets
         self._vision_ids = np.array(sorted(vision_ids), dtype=np.int64)
 
     def build(self, schedule: Schedule) -> StepInput:
-        """One step. Sequences whose last token is in it get a row of logits, in the schedule's order."""
+        """One step. Sequences whose last token is in it get a row of logits, in the schedule's order.
+
+        Rows that pad it come last and get logits, too, which nobody wants.
+        """
         parts = [(s, s.num_computed, s.num_computed + 1) for s in schedule.decodes]
         parts += [(s, s.num_computed, s.num_computed + n) for s, n in schedule.chunks]
         ids: list[int] = []
@@ -77,25 +89,29 @@ class BatchBuilder:
             is_prompt = np.concatenate([np.arange(a, b) < s.num_prompt for s, a, b in parts])
             is_vision = np.isin(token_ids, self._vision_ids) & is_prompt
         widest = max(len(s.blocks) for s, _, _ in parts)
-        tables = np.zeros((len(parts), widest), dtype=np.int32)
+        num_rows = len(parts)
+        if self._buckets is not None and not schedule.chunks:
+            size = self._buckets.fit(len(parts), widest)
+            if size is not None:
+                num_rows, widest = size, self._buckets.width
+        padding = num_rows - len(parts)
+        tables = np.zeros((num_rows, widest), dtype=np.int32)
         for i, (sequence, _, _) in enumerate(parts):
             tables[i, : len(sequence.blocks)] = sequence.blocks
-        context_lens = tuple(end for _, _, end in parts)
         block_size = self._block_size
-        return StepInput(
-            token_ids_T=self._tensor(token_ids),
-            positions_3T=self._tensor(np.concatenate([positions_of(*p) for p in parts], 1)),
-            slots_T=self._tensor(np.concatenate([slots(s.blocks, a, b, block_size) for s, a, b in parts])),
-            is_vision_T=self._tensor(is_vision),
-            block_tables_BM=self._tensor(tables),
-            seq_lens_B=self._tensor(np.array(context_lens, dtype=np.int32)),
-            query_lens=tuple(b - a for _, a, b in parts),
-            context_lens=context_lens,
-            num_decode=len(schedule.decodes),
-            logits_rows=self._tensor(np.array(logits_rows, dtype=np.int64)),
-            media_rows=self._tensor(np.array(media_rows, dtype=np.int64)),
-            media_embeds=torch.cat(embeds).to(self._device) if embeds else None,
+        # a padding row is the first token of a sequence whose only block is block 0, which is nobody's: it writes there
+        # and reads what it wrote
+        return make_step(
+            token_ids=np.pad(token_ids, (0, padding)),
+            positions=np.pad(np.concatenate([positions_of(*p) for p in parts], 1), ((0, 0), (0, padding))),
+            slots=np.pad(np.concatenate([slots(s.blocks, a, b, block_size) for s, a, b in parts]), (0, padding)),
+            is_vision=np.pad(is_vision, (0, padding)),
+            block_tables=tables,
+            query_lens=[b - a for _, a, b in parts] + [1] * padding,
+            context_lens=[end for _, _, end in parts] + [1] * padding,
+            num_decode=len(schedule.decodes) + padding,
+            logits_rows=[*logits_rows, *range(len(ids), len(ids) + padding)],
+            media_rows=media_rows,
+            media_embeds=torch.cat(embeds) if embeds else None,
+            device=self._device,
         )
-
-    def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

@@ -1,42 +1,71 @@
 """Sending side of a hand-over: the KV of a prompt follows the layers, chunk by chunk, into a decode replica's lease.
 
 While a chunk runs, every finished group of layers is pushed for the blocks that the chunk completes. After the first
-token is chosen a commit closes the hand-over; it stays behind the pushes on the same channel. The blocks here are
-pinned until the commit is answered. Runs on the engine's thread, but for `pack` and the answers (channel threads).
+token is chosen a commit closes the hand-over. The blocks here are pinned until the commit is answered. Runs on the
+engine's thread, but for `pack` and the answers (channel threads).
+
+From one rank to one rank the commit stays behind the pushes on the same channel. Where the KV heads of either side are
+spread over ranks, each of ours pushes what it holds to those that want it, at the same layers of the same step, and the
+commit waits until all of ours have settled: everything was accepted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, field
 
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.engine.engine import PrefillHooks
+from ernie_cluster.engine.followers import Followers
 from ernie_cluster.engine.sequence import Sequence
+from ernie_cluster.engine.slices import Outgoing, Run, SliceOf, SliceSender, failure_of
 from ernie_cluster.errors import TransferFailed
-from ernie_cluster.model.decoder import no_hook
 from ernie_cluster.model.step import KVCache
-from ernie_cluster.transport.base import Channel, Message, PieceHeader
-from ernie_cluster.transport.plan import PiecePlan, layer_groups, plan_pieces
+from ernie_cluster.transport.base import Channel, Message
+from ernie_cluster.transport.choose import Endpoint
 
-KV_PIECE, EMBED_PIECE = 0, 1
-"""First number of a piece's detail: what the payload is."""
 
-_TARGET_GROUP_BYTES = 1 << 20
-"""Layers are sent in groups of at least this size: a piece has a fixed price of about 100 us."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Peers:
+    """The ranks that a decode replica's KV heads are spread over."""
+
+    endpoints: tuple[Endpoint, ...] = ()
+    """All of them, the leading one first; may be left out where one rank sends and one receives."""
+    channels: Mapping[int, Channel] = field(default_factory=dict)
+    """By number, to those beside the first that KV goes to from this rank."""
+
+
+NO_PEERS = Peers()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Destination:
+    """A decode replica, as the leading rank of a prefill replica reaches it."""
+
+    channel: Channel
+    """To the rank that leads."""
+    peers: Peers = NO_PEERS
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that KV goes to."""
+        return max(1, len(self.peers.endpoints))
+
+    def to(self, rank: int) -> Channel:
+        """The channel to one of its ranks."""
+        return self.channel if rank == 0 else self.peers.channels[rank]
 
 
 @dataclass(slots=True, eq=False)
 class _HandOver:
     sequence: Sequence
-    channel: Channel
+    destination: Destination
+    outgoing: Outgoing
+    first_block: int
     next_block: int
     """Logical index of the first block that has not been pushed in all layers."""
-    next_piece: int = 0
 
 
 class KVSender(PrefillHooks):
@@ -45,6 +74,8 @@ class KVSender(PrefillHooks):
     Args:
         kv: the engine's cache.
         layout: of this rank.
+        num_kv_heads: of the model.
+        followers: the other ranks that hold KV heads.
         piece_bytes: bound of a piece.
         commit_timeout_s: longest wait for the decode side's confirmation.
         done: called once per hand-over, on a channel's thread, with the error or None; frees the blocks.
@@ -54,24 +85,44 @@ class KVSender(PrefillHooks):
         self,
         kv: KVCache,
         layout: KVLayout,
+        num_kv_heads: int,
+        followers: Followers,
         *,
         piece_bytes: int,
         commit_timeout_s: float,
         done: Callable[[Sequence, Exception | None], None],
     ) -> None:
-        self._kv, self._layout = kv, layout
-        self._piece_bytes, self._commit_timeout_s, self._done = piece_bytes, commit_timeout_s, done
+        self._layout, self._num_kv_heads, self._followers = layout, num_kv_heads, followers
+        self._commit_timeout_s, self._done = commit_timeout_s, done
+        self._slices = SliceSender(kv, layout, piece_bytes)
         self._active: dict[Sequence, _HandOver] = {}
-        self.bytes_sent = 0
 
-    def begin(self, sequence: Sequence, channel: Channel, first_block: int) -> None:
+    @property
+    def part(self) -> SliceOf:
+        """The heads of this rank, which is the first; all where nobody follows."""
+        num_kv_heads = self._num_kv_heads if self._followers else self._layout.num_kv_heads
+        return SliceOf(num_kv_heads, 0, 1 + len(self._followers))
+
+    def targets(self, num_ranks: int) -> list[int]:
+        """To which ranks of a replica of so many KV goes from this one, beside the first."""
+        return sorted({copy.dst_rank for copy in self.part.copies_to(num_ranks)} - {0})
+
+    @property
+    def bytes_sent(self) -> int:
+        """KV that was pushed from this rank."""
+        return self._slices.bytes_sent
+
+    def begin(self, sequence: Sequence, destination: Destination, first_block: int) -> None:
         """Hand `sequence` over once its prompt is done; blocks before `first_block` are there already."""
         sequence.is_prefill_only = True
-        self._active[sequence] = _HandOver(sequence, channel, first_block)
+        part = self.part
+        ways = [(copy, destination.to(copy.dst_rank)) for copy in part.copies_to(destination.num_ranks)]
+        outgoing = Outgoing(sequence.request_id, sequence.epoch, part, ways)
+        self._active[sequence] = _HandOver(sequence, destination, outgoing, first_block, first_block)
 
     def layer_hook(self, chunks: Seq[tuple[Sequence, int]]) -> Callable[[int], None]:
         """See `PrefillHooks`. Pushes the blocks that this step completes, a group of layers at a time."""
-        ranges: list[tuple[_HandOver, int, int]] = []
+        runs: list[Run] = []
         for sequence, count in chunks:
             transfer = self._active.get(sequence)
             if transfer is not None:
@@ -79,76 +130,65 @@ class KVSender(PrefillHooks):
                 is_last = end == len(sequence.tokens)
                 last_block = -(-end // self._layout.block_size) if is_last else end // self._layout.block_size
                 if last_block > transfer.next_block:
-                    ranges.append((transfer, transfer.next_block, last_block - transfer.next_block))
+                    blocks = sequence.blocks[transfer.next_block : last_block]
+                    runs.append(Run(transfer.outgoing, transfer.next_block, blocks))
                     transfer.next_block = last_block
-        if not ranges:
-            return no_hook
-        layer_bytes = self._layout.block_bytes_per_layer * sum(n for _, _, n in ranges)
-        groups = layer_groups(self._layout.num_layers, layer_bytes, _TARGET_GROUP_BYTES)
-        group_ending_at = {first + num - 1: (first, num) for first, num in groups}
-
-        def hook(layer: int) -> None:
-            group = group_ending_at.get(layer)
-            if group is not None:
-                for transfer, first_block, num_blocks in ranges:
-                    for piece in plan_pieces(self._layout, *group, (first_block, num_blocks), self._piece_bytes):
-                        self._push(transfer, piece)
-
-        return hook
+        for run in runs:
+            self._followers.push(run)
+        return self._slices.hook(runs)
 
     def prompt_done(self, sequence: Sequence) -> None:
         """See `PrefillHooks`. Closes the hand-over with the tokens so far."""
         transfer = self._active.pop(sequence)
+        if len(self._followers) == 0 and transfer.destination.num_ranks == 1:
+            self._commit(transfer, transfer.outgoing.num_pieces)
+            return
+        num_blocks = transfer.next_block - transfer.first_block
+        others = self._followers.settle(sequence.request_id, sequence.epoch, num_blocks)
+
+        def others_settled() -> None:
+            error = failure_of(others)
+            if error is not None:
+                self._give_up(transfer, error)
+                return
+            num_pieces = sum(int(str(answer["num_pieces"])) for answer in others.result())
+            nbytes = self._slices.nbytes(transfer.outgoing, num_blocks)
+            transfer.outgoing.settle(nbytes, lambda error: self._settled(transfer, num_pieces, error))
+
+        others.add_done_callback(lambda _: others_settled())
+
+    def ended(self, sequence: Sequence) -> None:
+        """See `PrefillHooks`. Without a commit, what was pushed is swept with the lease over there."""
+        if self._active.pop(sequence, None) is not None:
+            self._followers.drop(sequence.request_id, sequence.epoch)
+
+    def _settled(self, transfer: _HandOver, num_pieces: int, error: Exception | None) -> None:
+        """All ranks have; the others with so many pieces to the rank that leads over there."""
+        if error is None:
+            self._commit(transfer, transfer.outgoing.num_pieces + num_pieces)
+        else:
+            self._give_up(transfer, error)
+
+    def _give_up(self, transfer: _HandOver, error: Exception) -> None:
+        self._followers.drop(transfer.sequence.request_id, transfer.sequence.epoch)
+        self._done(transfer.sequence, error)
+
+    def _commit(self, transfer: _HandOver, num_pieces: int) -> None:
+        sequence = transfer.sequence
         commit: Message = {
             "type": "commit",
             "request_id": sequence.request_id,
             "epoch": sequence.epoch,
-            "num_pieces": transfer.next_piece,
+            "num_pieces": num_pieces,
             "output": list(sequence.tokens[sequence.num_prompt :]),
         }
-        answer = transfer.channel.call(commit, self._commit_timeout_s)
-        answer.add_done_callback(lambda f: self._done(sequence, _error_of(f)))
-
-    def ended(self, sequence: Sequence) -> None:
-        """See `PrefillHooks`. Without a commit, what was pushed is swept with the lease over there."""
-        self._active.pop(sequence, None)
-
-    def _push(self, transfer: _HandOver, piece: PiecePlan) -> None:
-        sequence = transfer.sequence
-        blocks = torch.tensor(sequence.blocks[piece.first_block : piece.first_block + piece.num_blocks])
-        source = self._kv.data[piece.first_layer : piece.first_layer + piece.num_layers]
-        header = PieceHeader(
-            sequence.request_id, sequence.epoch, transfer.next_piece, piece.nbytes, (KV_PIECE, *piece.detail)
-        )
-        transfer.next_piece += 1
-        self.bytes_sent += piece.nbytes
-        written = torch.cuda.current_stream(source.device).record_event() if source.is_cuda else None
-
-        def pack(out: object) -> None:
-            if written is not None:  # a GPU is still busy with the layer when it was launched
-                torch.cuda.current_stream(source.device).wait_event(written)
-            target = torch.as_tensor(out).view(source.dtype).view(*source.shape[:2], len(blocks), *source.shape[3:])
-            gather_blocks(source, blocks, target)
-
-        # a piece that fails fails the commit, which counts the pieces
-        transfer.channel.push(header, pack)
+        answer = transfer.destination.channel.call(commit, self._commit_timeout_s)
+        answer.add_done_callback(lambda _: self._done(sequence, _refusal_of(answer)))
 
 
-def gather_blocks(source: torch.Tensor, blocks: torch.Tensor, target: torch.Tensor) -> None:
-    """target[l, kv, i] = source[l, kv, blocks[i]]; [layers, 2, blocks, ...]. One copy on one device, by way of another two."""
-    if source.device == target.device:
-        torch.index_select(source, 2, blocks.to(source.device), out=target)
-    else:
-        target.copy_(source.index_select(2, blocks.to(source.device)))
-
-
-def scatter_blocks(source: torch.Tensor, blocks: torch.Tensor, target: torch.Tensor) -> None:
-    """target[l, kv, blocks[i]] = source[l, kv, i]; the reverse of `gather_blocks`."""
-    target.index_copy_(2, blocks.to(target.device), source.to(target.device))
-
-
-def _error_of(answer: Future[Message]) -> Exception | None:
-    if answer.cancelled():
-        return TransferFailed("the hand-over was cancelled")
-    error = answer.exception()
-    return error if error is None or isinstance(error, Exception) else TransferFailed(repr(error))
+def _refusal_of(answer: Future[Message]) -> Exception | None:
+    """Why a commit was not taken; a piece that failed fails the commit, which counts the pieces."""
+    error = failure_of(answer)
+    if error is None and "error" in answer.result():
+        return TransferFailed(str(answer.result()["error"]))
+    return error

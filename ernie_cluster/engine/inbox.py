@@ -13,8 +13,8 @@ Runs on transport threads; takes the engine's lock for each piece, which is shor
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +23,13 @@ from numpy.typing import NDArray
 
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.engine.engine import Engine
-from ernie_cluster.engine.handover import EMBED_PIECE, KV_PIECE, scatter_blocks
-from ernie_cluster.engine.leases import LeaseTable
+from ernie_cluster.engine.followers import Followers
+from ernie_cluster.engine.leases import Lease, LeaseTable
 from ernie_cluster.engine.sequence import Sequence
+from ernie_cluster.engine.slices import EMBED_PIECE, KV_PIECE, check_filled, failure_of, write_piece
 from ernie_cluster.errors import TransferFailed
 from ernie_cluster.request import GenerationRequest, Span
 from ernie_cluster.transport.base import Message, PieceHeader, Reply
-
-# payloads are read-only views, and are only read
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +39,8 @@ class _Expected:
     request: GenerationRequest
     hashes: list[bytes]
     epoch: int
+    is_ready: bool = False
+    """Every rank of ours knows the lease, and pieces may come."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +60,7 @@ class Inbox:
         leases: of the same block pool.
         layout: of this rank's KV.
         hidden_size: width of an embedding.
+        followers: the other ranks here that hold KV heads.
         wall_clock: seconds since the epoch, for the timeline.
     """
 
@@ -69,11 +70,13 @@ class Inbox:
         leases: LeaseTable,
         layout: KVLayout,
         hidden_size: int,
+        followers: Followers,
         *,
         wall_clock: Callable[[], float],
     ) -> None:
         self._engine, self._leases, self._layout = engine, leases, layout
-        self._hidden_size, self._wall_clock = hidden_size, wall_clock
+        self._hidden_size, self._followers, self._wall_clock = hidden_size, followers, wall_clock
+        leases.recall = self._recall
         self._expected: dict[str, _Expected] = {}
         self._claims: dict[str, _Claim] = {}
         self._sated: dict[str, tuple[int, float]] = {}
@@ -99,8 +102,13 @@ class Inbox:
                 self._engine.clock(),
                 self._engine.scheduler.num_blocks_owed,
             )
-            self._expected[request.request_id] = _Expected(request, hashes, epoch)
-            self._answer(request.request_id, epoch, {"cached_blocks": lease.num_shared})
+            expected = _Expected(request, hashes, epoch)
+            self._expected[request.request_id] = expected
+            if not self._followers:
+                self._ready(expected, lease)
+                return
+            lease.told = told = self._followers.expect(lease)
+            told.add_done_callback(lambda _: self._ready(expected, lease) if failure_of(told) is None else None)
 
     def open_media(self, sequence: Sequence) -> None:
         """A prompt is admitted here: say which pictures it still needs."""
@@ -152,7 +160,7 @@ class Inbox:
         kind, *detail = header.detail
         with self._engine.lock:
             if kind == KV_PIECE:
-                self._accept_kv(header, payload, *detail)
+                self._accept_kv(header, payload)
             elif kind == EMBED_PIECE:
                 self._accept_embeds(header, payload, *detail)
             else:
@@ -166,8 +174,7 @@ class Inbox:
             self._claim(request_id, epoch, reply)
         elif message["type"] == "commit":
             output = [int(t) for t in message["output"]]  # type: ignore[union-attr, arg-type]
-            self._commit(request_id, epoch, int(message["num_pieces"]), output)  # type: ignore[arg-type]
-            reply({})
+            self._commit(request_id, epoch, int(message["num_pieces"]), output, reply)  # type: ignore[arg-type]
         else:
             raise TransferFailed(f"unknown message {message['type']!r}")
 
@@ -176,25 +183,9 @@ class Inbox:
 
     # ---- inside, with the lock held
 
-    def _accept_kv(
-        self, header: PieceHeader, payload: NDArray[np.uint8], first_layer: int, num_layers: int, first: int, count: int
-    ) -> None:
+    def _accept_kv(self, header: PieceHeader, payload: NDArray[np.uint8]) -> None:
         lease = self._leases.find(header.request_id, header.epoch)
-        if header.piece in lease.pieces:
-            raise TransferFailed(f"request {header.request_id}: piece {header.piece} came twice")
-        data = self._engine.runner.kv.data
-        is_inside = (
-            0 <= first_layer < first_layer + num_layers <= self._layout.num_layers
-            and lease.num_shared <= first < first + count <= len(lease.blocks)
-            and header.nbytes == num_layers * count * self._layout.block_bytes_per_layer
-        )
-        if not is_inside:
-            raise TransferFailed(f"request {header.request_id}: piece {header.detail} does not fit the lease")
-        source = torch.as_tensor(payload).view(data.dtype).view(num_layers, 2, count, *data.shape[3:])
-        blocks = torch.tensor(lease.blocks[first : first + count])
-        scatter_blocks(source, blocks, data[first_layer : first_layer + num_layers])
-        lease.pieces.add(header.piece)
-        lease.bytes_received += header.nbytes
+        write_piece(self._engine.runner.kv, self._layout, lease, header, payload)
         if lease.first_piece_s is None:
             lease.first_piece_s = self._wall_clock()
 
@@ -205,13 +196,13 @@ class Inbox:
         if sequence is None or sequence.epoch != header.epoch or not 0 <= index < len(sequence.request.media):
             raise TransferFailed(f"request {header.request_id}: no prompt waits for attempt {header.epoch}'s picture")
         total = sequence.request.media[index].num_tokens
-        data = self._engine.runner.kv.data
-        rows = torch.as_tensor(payload).view(data.dtype).view(-1, self._hidden_size)
+        runner = self._engine.runner
+        rows = torch.as_tensor(payload).view(runner.dtype).view(-1, self._hidden_size)
         if len(rows) != num_rows or not 0 <= first_row < first_row + num_rows <= total:
             raise TransferFailed(f"request {header.request_id}: {num_rows} rows from {first_row} do not fit {total}")
         if index not in sequence.arriving:
             sequence.arriving[index] = (
-                torch.empty(total, self._hidden_size, dtype=data.dtype, device=data.device),
+                torch.empty(total, self._hidden_size, dtype=runner.dtype, device=runner.device),
                 torch.zeros(total, dtype=torch.bool),
             )
         embeds, has_come = sequence.arriving[index]
@@ -235,8 +226,8 @@ class Inbox:
             self._refuse(request_id, f"request {request_id}: attempt {epoch} claims this place")
             self._claims[request_id] = _Claim(epoch, reply, engine.clock() + self._leases.timeout_s)
             if expected is not None and expected.epoch == epoch:
-                lease = self._leases.find(request_id, epoch)
-                self._answer(request_id, epoch, {"cached_blocks": lease.num_shared})
+                if expected.is_ready:
+                    self._ready(expected, self._leases.find(request_id, epoch))
             elif sequence is not None and sequence.epoch == epoch:
                 self.open_media(sequence)
             elif self._sated.get(request_id, (None, 0.0))[0] == epoch:
@@ -257,7 +248,28 @@ class Inbox:
         if claim is not None:
             claim.reply({"error": reason})
 
-    def _commit(self, request_id: str, epoch: int, num_pieces: int, output: list[int]) -> None:
+    def _ready(self, expected: _Expected, lease: Lease) -> None:
+        """Pieces may come: say so to who has claimed this place."""
+        with self._engine.lock:
+            expected.is_ready = True
+            if self._expected.get(lease.request_id) is expected:
+                self._answer(lease.request_id, lease.epoch, {"cached_blocks": lease.num_shared})
+
+    def _recall(self, lease: Lease) -> None:
+        """A lease has ended that followers write under."""
+
+        def forgotten(answer: Future[list[Message]]) -> None:
+            if failure_of(answer) is None:  # else their blocks are nobody's, until the gang is replaced
+                with self._engine.lock:
+                    self._leases.give_back(lease)
+                    self._engine.lock.notify_all()
+
+        assert lease.told is not None
+        # not before they know it, for messages may overtake each other
+        lease.told.add_done_callback(lambda _: self._followers.forget(lease).add_done_callback(forgotten))
+
+    def _commit(self, request_id: str, epoch: int, num_pieces: int, output: list[int], reply: Reply) -> None:
+        """Raises TransferFailed when something is missing here; what is missing on other ranks is replied."""
         with self._engine.lock:
             lease = self._leases.find(request_id, epoch)
             expected = self._expected.get(request_id)
@@ -267,20 +279,38 @@ class Inbox:
             if missing:
                 raise TransferFailed(f"request {request_id}: {missing} of {num_pieces} pieces did not arrive")
             num_computed = expected.request.num_prompt_tokens + len(output) - 1
-            num_blocks = -(-num_computed // self._layout.block_size) - lease.num_shared
-            if lease.bytes_received != num_blocks * self._layout.block_bytes:
-                raise TransferFailed(
-                    f"request {request_id}: {lease.bytes_received} bytes arrived, "
-                    f"{num_computed} tokens have {num_blocks * self._layout.block_bytes}"
-                )
-            self._leases.take(request_id, epoch)
-            del self._expected[request_id]
-            sequence = Sequence(expected.request, expected.hashes, epoch=epoch, blocks=lease.blocks)
-            sequence.tokens = [*expected.request.prompt_token_ids.tolist(), *output]
-            sequence.num_computed = num_computed
-            now = self._wall_clock()
-            start = lease.first_piece_s or now
-            detail = (("bytes", lease.bytes_received), ("pieces", num_pieces))
-            sequence.spans.append(Span("transfer", start, now - start, detail))
-            self._engine.scheduler.publish(sequence)
-            self._engine.add(sequence)
+            check_filled(lease, self._layout, num_computed)
+            if not self._followers:
+                self._begin(expected, lease, output)
+                reply({})
+                return
+        others = self._followers.complete(lease, num_computed)
+
+        def completed() -> None:
+            error = failure_of(others)
+            try:
+                if error is None:
+                    with self._engine.lock:
+                        if self._expected.get(request_id) is not expected:
+                            raise TransferFailed(f"request {request_id}: attempt {epoch} was ended meanwhile")
+                        self._begin(expected, lease, output)
+            except TransferFailed as e:
+                error = e
+            reply({} if error is None else {"error": str(error)})
+
+        others.add_done_callback(lambda _: completed())
+
+    def _begin(self, expected: _Expected, lease: Lease, output: list[int]) -> None:
+        """All KV is here: the sequence goes on."""
+        request = expected.request
+        self._leases.take(request.request_id, lease.epoch)
+        del self._expected[request.request_id]
+        sequence = Sequence(request, expected.hashes, epoch=lease.epoch, blocks=lease.blocks)
+        sequence.tokens = [*request.prompt_token_ids.tolist(), *output]
+        sequence.num_computed = len(sequence.tokens) - 1
+        now = self._wall_clock()
+        start = lease.first_piece_s or now
+        detail = (("bytes", lease.bytes_received), ("pieces", len(lease.pieces)))
+        sequence.spans.append(Span("transfer", start, now - start, detail))
+        self._engine.scheduler.publish(sequence)
+        self._engine.add(sequence)

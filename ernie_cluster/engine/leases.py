@@ -6,11 +6,13 @@ a lease names its epoch; a lease that was ended or taken over answers to no old 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ernie_cluster.engine.block_pool import BlockPool
 from ernie_cluster.errors import ContextTooLong, Overloaded, TransferFailed
+from ernie_cluster.transport.base import Message
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +30,8 @@ class Lease:
     """Numbers of the pieces that have arrived."""
     bytes_received: int = 0
     first_piece_s: float | None = None
+    told: Future[list[Message]] | None = None
+    """Other ranks write under this lease too; done when they know it. None where there are none."""
 
 
 class LeaseTable:
@@ -41,13 +45,17 @@ class LeaseTable:
     def __init__(self, pool: BlockPool, timeout_s: float) -> None:
         self.pool, self.timeout_s = pool, timeout_s
         self._leases: dict[str, Lease] = {}
+        self._ending: list[Lease] = []
+        """Ended, but other ranks may be writing into their blocks still."""
+        self.recall: Callable[[Lease], None] = _no_recall
+        """Makes other ranks forget a lease that has ended; `give_back` follows."""
 
     def __len__(self) -> int:
         return len(self._leases)
 
     def blocks(self) -> list[int]:
         """All leased blocks, shared ones as often as they are leased."""
-        return [block for lease in self._leases.values() for block in lease.blocks]
+        return [block for lease in (*self._leases.values(), *self._ending) for block in lease.blocks]
 
     @property
     def num_blocks(self) -> int:
@@ -120,13 +128,25 @@ class LeaseTable:
         return lease
 
     def end(self, request_id: str, epoch: int | None = None) -> bool:
-        """Free a lease's blocks; False when there is none, or it is another attempt's."""
+        """Free a lease's blocks; False when there is none, or it is another attempt's.
+
+        Blocks that other ranks write into are free once those have forgotten the lease.
+        """
         lease = self._leases.get(request_id)
         if lease is None or (epoch is not None and lease.epoch != epoch):
             return False
         del self._leases[request_id]
-        self.pool.free(lease.blocks)
+        if lease.told is None:
+            self.pool.free(lease.blocks)
+        else:
+            self._ending.append(lease)
+            self.recall(lease)
         return True
+
+    def give_back(self, lease: Lease) -> None:
+        """Nobody writes under a lease any more that has ended."""
+        self._ending.remove(lease)
+        self.pool.free(lease.blocks)
 
     def renew(self, request_id: str, now_s: float) -> None:
         """A sign of life."""
@@ -140,3 +160,7 @@ class LeaseTable:
         for request_id in late:
             self.end(request_id)
         return late
+
+
+def _no_recall(lease: Lease) -> None:
+    raise AssertionError(f"lease of request {lease.request_id}: nobody was told of it")

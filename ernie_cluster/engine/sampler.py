@@ -80,7 +80,7 @@ def sample_and_report(logits_RV: Tensor, rows: Seq[SamplerRow]) -> Sampled:
 
 def _report(logprobs_AV: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:
     """The chosen token and the likeliest ones of each row."""
-    chosen = logprobs_AV.gather(1, torch.tensor(tokens, device=logprobs_AV.device)[:, None])[:, 0].tolist()
+    chosen = logprobs_AV.gather(1, _there(tokens, logprobs_AV.device)[:, None])[:, 0].tolist()
     values, ids = logprobs_AV.topk(min(max(counts), logprobs_AV.shape[-1]))
     ranked = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
     return [TokenLogprobs(c, tuple(row[:n])) for c, row, n in zip(chosen, ranked, counts, strict=True)]
@@ -97,27 +97,39 @@ def sample(logits_RV: Tensor, rows: Seq[SamplerRow]) -> list[int]:
         _shape_logits(logits_RV[i], row)
     out = logits_RV.argmax(-1)
     chance = [i for i, row in enumerate(rows) if not row.params.is_greedy]
-    if chance:
-        whole = len(chance) == len(rows)
-        picked = _draw(logits_RV if whole else logits_RV[chance], [rows[i] for i in chance])
-        out[torch.tensor(chance, device=out.device)] = picked
-    return out.tolist()
+    if chance and len(chance) == len(rows):
+        out = _draw(logits_RV, rows)
+    elif chance:
+        there = _there(chance, out.device)
+        out[there] = _draw(logits_RV.index_select(0, there), [rows[i] for i in chance])
+    return out.tolist()  # the only time that a step waits for its device
+
+
+def _there(
+    values: Seq[float] | Seq[tuple[float, ...]] | NDArray[np.bool_],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Numbers of the host on the device; the host does not wait until they are there."""
+    if device.type == "cpu":
+        return torch.as_tensor(values, dtype=dtype)
+    return torch.as_tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def _shape_logits(logits_V: Tensor, row: SamplerRow) -> None:
     """Penalties, biases, the ban on ending early, the tokens that a grammar leaves and the forced one, in place."""
     p = row.params
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.prompt, *row.output}), device=logits_V.device)
+        seen = _there(sorted({*row.prompt, *row.output}), logits_V.device)
         value = logits_V[seen]
         value = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
         logits_V[seen] = value.clamp(-_MAX_LOGIT, _MAX_LOGIT)  # two infinities would make every probability NaN
     if (p.presence_penalty or p.frequency_penalty) and row.output:
-        ids, counts = torch.tensor(row.output, device=logits_V.device).unique(return_counts=True)  # type: ignore[no-untyped-call]
+        ids, counts = _there(row.output, logits_V.device).unique(return_counts=True)  # type: ignore[no-untyped-call]
         logits_V[ids] -= p.presence_penalty + p.frequency_penalty * counts
     if p.logit_bias:
-        ids = torch.tensor([i for i, _ in p.logit_bias], device=logits_V.device)
-        logits_V[ids] += torch.tensor([b for _, b in p.logit_bias], device=logits_V.device)
+        ids = _there([i for i, _ in p.logit_bias], logits_V.device)
+        logits_V[ids] += _there([b for _, b in p.logit_bias], logits_V.device, torch.float32)
     ends = list(row.end_tokens) if row.position < p.min_tokens else []
     allowed = None if row.allowed is None else row.allowed()
     if row.forced is not None and (allowed is None or allowed[row.forced]):
@@ -125,7 +137,7 @@ def _shape_logits(logits_V: Tensor, row: SamplerRow) -> None:
         logits_V[row.forced] = 0.0
         return
     if allowed is not None:
-        logits_V.masked_fill_(torch.from_numpy(~allowed).to(logits_V.device), -torch.inf)
+        logits_V.masked_fill_(_there(~allowed, logits_V.device), -torch.inf)
         if ends and not np.delete(allowed, ends).any():
             ends = []  # the answer cannot go on
     if ends:
@@ -134,30 +146,28 @@ def _shape_logits(logits_V: Tensor, row: SamplerRow) -> None:
 
 def _draw(logits_RV: Tensor, rows: Seq[SamplerRow]) -> Tensor:
     """Inverse of the cumulative distribution, after temperature, top-k, top-p and min-p. int64 [R]."""
-    device = logits_RV.device
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
-
-    probs = (logits_RV / column([max(r.params.temperature, _MIN_TEMPERATURE) for r in rows])).softmax(-1)
+    device, vocab = logits_RV.device, logits_RV.shape[-1]
+    numbers = [
+        (max(r.params.temperature, _MIN_TEMPERATURE), r.params.top_k or vocab, r.params.top_p, r.params.min_p,
+         uniform(r.params.seed, r.position)) for r in rows
+    ]  # fmt: skip
+    temperature, top_k, top_p, min_p, target = _there(numbers, device, torch.float64).T[..., None]  # [R, 1] each
+    probs = (logits_RV / temperature.float()).softmax(-1)
     if any(r.params.top_k > 0 or r.params.top_p < 1 for r in rows):
-        vocab = probs.shape[-1]
         ordered, ids = probs.sort(stable=True, dim=-1, descending=True)
         rank = torch.arange(vocab, device=device)[None]
-        top_k = torch.tensor([r.params.top_k or vocab for r in rows], device=device)[:, None]
         before = ordered.cumsum(-1) - ordered  # the token that crosses top_p stays
         # rounding lets `before` reach 1: who keeps all must not depend on it, nor on who else is in the batch
-        top_p = column([r.params.top_p if r.params.top_p < 1 else float("inf") for r in rows])
+        top_p = top_p.float().masked_fill(top_p >= 1, torch.inf)
         in_top_k = rank < top_k
         total = (ordered * in_top_k).sum(-1, keepdim=True)  # top_p is a share of what top_k leaves
         keep = in_top_k & (before < top_p * total)
         keep[:, 0] = True
         probs = probs * torch.zeros_like(keep).scatter_(-1, ids, keep)
     if any(r.params.min_p > 0 for r in rows):
-        floor = probs.amax(-1, keepdim=True) * column([r.params.min_p for r in rows])
+        floor = probs.amax(-1, keepdim=True) * min_p.float()
         probs = probs * (probs >= floor)
     # float64: over 100,000 tokens a float32 sum would round small ones away
     cumulative = probs.double().cumsum(-1)
-    target = torch.tensor([uniform(r.params.seed, r.position) for r in rows], dtype=torch.float64, device=device)
-    picked = torch.searchsorted(cumulative, target[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return picked.clamp_max(probs.shape[-1] - 1)
+    picked = torch.searchsorted(cumulative, target * cumulative[:, -1:], right=True)[:, 0]
+    return picked.clamp_max(vocab - 1)

@@ -24,7 +24,7 @@ def share_kv(place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> KVCach
 
     Args:
         place: of this rank.
-        shape: [layers, 2, num_blocks, block_size, kv_heads, head_dim] with the heads of all ranks.
+        shape: [layers, 2, num_blocks, block_size, kv_heads, row] with the heads of all ranks.
         dtype: of K and V.
 
     Raises:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ernie_cluster.config.experts import ExpertUse, LayerExperts
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.block_pool import BlockPool
 from ernie_cluster.engine.engine import Engine, Outcome
-from ernie_cluster.engine.handover import KVSender
+from ernie_cluster.engine.followers import Followers
+from ernie_cluster.engine.handover import NO_PEERS, Destination, KVSender, Peers
 from ernie_cluster.engine.inbox import Inbox
 from ernie_cluster.engine.leases import LeaseTable
 from ernie_cluster.engine.runner import Runner
@@ -75,6 +77,8 @@ class WorkerSnapshot:
     preemptions: int
     kv_bytes_sent: int
     kv_bytes_received: int
+    experts: ExpertUse | None = None
+    """None in a model without experts."""
 
 
 class Worker:
@@ -99,12 +103,13 @@ class Worker:
         self.settings, self._emit = settings, emit
         kv = runner.kv
         self.pool = BlockPool(kv.data.shape[2], settings.block_size, enable_prefix_cache=settings.enable_prefix_cache)
-        num_layers, _, _, block_size, num_kv_heads, head_dim = kv.data.shape
-        layout = KVLayout(num_layers, num_kv_heads, head_dim, block_size, kv.data.element_size())
-        self.layout = layout
+        self.layout = layout = KVLayout.of_cache(kv.data.shape, kv.data.element_size())
+        self._followers = Followers(runner.crew.note, settings.lease_timeout_s, self._fail)
         self.sender = KVSender(
             kv,
             layout,
+            config.text.num_kv_heads,
+            self._followers,
             piece_bytes=settings.piece_bytes,
             commit_timeout_s=settings.lease_timeout_s,
             done=self._handed_over,
@@ -114,21 +119,22 @@ class Worker:
             runner,
             self.pool,
             Scheduler(self.pool, max_batch_tokens=settings.max_batch_tokens, max_num_seqs=settings.max_num_seqs),
-            BatchBuilder(settings.block_size, vision_ids, runner.device),
+            BatchBuilder(settings.block_size, vision_ids, runner.device, runner.buckets),
             emit=emit,
             hooks=self.sender,
             can_encode=settings.can_encode,
             compiler=compiler,
         )
         self.leases = LeaseTable(self.pool, settings.lease_timeout_s)
-        self.inbox = Inbox(self.engine, self.leases, layout, config.text.hidden_size, wall_clock=time.time)
+        hidden_size, followers = config.text.hidden_size, self._followers
+        self.inbox = Inbox(self.engine, self.leases, layout, hidden_size, followers, wall_clock=time.time)
         self._opening: dict[str, Sequence] = {}
         self._is_stopping = False
         self.failure: EngineFailed | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def warm_up(self) -> None:
-        """Run a prompt and a decode step before anybody waits for them: compiles kernels, touches memory."""
+        """Run a prompt and decode steps before anybody waits for them: compiles kernels, touches memory, records graphs."""
         prompt = np.zeros(min(32, self.settings.max_batch_tokens), dtype=np.int32)
         request = GenerationRequest(
             "warm-up",
@@ -139,10 +145,21 @@ class Worker:
         )
         sequence = Sequence(request, [], blocks=self.pool.allocate(1))
         sequence.blocks *= self.pool.num_blocks_for(len(prompt) + 1)  # nobody reads what it writes
-        for schedule in (Schedule(chunks=[(sequence, len(prompt))]), Schedule(decodes=[sequence])):
-            self.engine.runner.run(self.engine.builder.build(schedule), [SamplerRow(request.sampling, 0, (), (), ())])
+        buckets = self.engine.runner.buckets
+        sizes = (1,) if buckets is None else buckets.sizes[::-1]  # the largest first: the others fit into its memory
+        schedules = [Schedule(chunks=[(sequence, len(prompt))]), *(Schedule(decodes=[sequence] * n) for n in sizes)]
+        row = SamplerRow(request.sampling, 0, (), (), ())
+        for i, schedule in enumerate(schedules):
+            rows = [row] * max(1, len(schedule.decodes))
+            self.engine.runner.run(self.engine.builder.build(schedule), rows)
             sequence.tokens, sequence.num_computed = [0] * (len(prompt) + 1), len(prompt)
+            if i and buckets is not None:
+                log.info("recorded decode steps of %d: %d of %d CUDA graphs", len(schedule.decodes), i, len(sizes))
         self.pool.free(sequence.blocks[:1])
+
+    def lead(self, channels: Iterable[Channel]) -> None:
+        """Other ranks hold KV heads too: channels to their `Follower`s, in order, to be closed by the caller."""
+        self._followers.channels = tuple(channels)
 
     def start(self) -> None:
         self._thread.start()
@@ -157,10 +174,16 @@ class Worker:
 
     # ---- control, from any thread
 
-    def open_prefill(self, request: GenerationRequest, epoch: int, channel: Channel | None) -> None:
+    def open_prefill(
+        self, request: GenerationRequest, epoch: int, channel: Channel | None, peers: Peers = NO_PEERS
+    ) -> None:
         """Compute a prompt here, and its answer too when there is no `channel` to a decode replica.
 
-        Work starts once the decode side has confirmed its lease.
+        Work starts once the decode side has confirmed its lease, and our other ranks have reached its.
+
+        Args:
+            channel: to the rank that leads over there.
+            peers: its ranks, where KV heads are spread over ranks on either side.
 
         Raises:
             ContextTooLong, Overloaded: no blocks for the prompt, ever or now.
@@ -181,20 +204,25 @@ class Worker:
         if channel is None:
             self._begin(sequence, None, 0)
             return
-        claim: Message = {"type": "claim", "request_id": request.request_id, "epoch": epoch}
-        answer = channel.call(claim, self.settings.lease_timeout_s)
+        message: Message = {"type": "claim", "request_id": request.request_id, "epoch": epoch}
+        claim = channel.call(message, self.settings.lease_timeout_s)
+        reached = self._followers.reach(request.request_id, epoch, peers.endpoints)
 
         def answered() -> None:
             try:
-                reply = answer.result()
+                reply = claim.result()
                 if "error" in reply:
                     raise TransferFailed(str(reply["error"]))
-                self._begin(sequence, channel, int(reply["cached_blocks"]))  # type: ignore[arg-type]
+                reached.result()
+                begun = self._begin(sequence, Destination(channel, peers), int(reply["cached_blocks"]))  # type: ignore[arg-type]
             except ErnieClusterError as e:
+                begun = False
                 if self._drop(sequence):
                     self._emit([RequestFailed(request.request_id, e)])
+            if not begun:
+                self._followers.drop(request.request_id, epoch)
 
-        answer.add_done_callback(lambda _: answered())
+        claim.add_done_callback(lambda _: reached.add_done_callback(lambda _: answered()))
 
     def open_decode(self, request: GenerationRequest, epoch: int) -> None:
         """Lease blocks for a request whose prompt is computed elsewhere; raises as `Inbox.expect` does."""
@@ -222,7 +250,7 @@ class Worker:
                 self.leases.renew(request_id, now)
 
     def snapshot(self) -> WorkerSnapshot:
-        engine, counters = self.engine, self.engine.counters
+        engine, counters, balancer = self.engine, self.engine.counters, self.engine.runner.crew.balancer
         with engine.lock:
             queued = [*engine.scheduler.running, *engine.scheduler.waiting]
             return WorkerSnapshot(
@@ -239,7 +267,13 @@ class Worker:
                 preemptions=counters.preemptions,
                 kv_bytes_sent=self.sender.bytes_sent,
                 kv_bytes_received=self.inbox.bytes_received,
+                experts=None if balancer is None else balancer.use,
             )
+
+    def experts(self) -> list[LayerExperts]:
+        """Use and place of every expert; empty in a model without experts."""
+        balancer = self.engine.runner.crew.balancer
+        return [] if balancer is None else balancer.layers()
 
     def check(self) -> bool:
         """Invariants, and that every used block belongs to a sequence or a lease."""
@@ -259,17 +293,18 @@ class Worker:
         if self._is_stopping:
             raise Overloaded("this replica is shutting down", 1.0)
 
-    def _begin(self, sequence: Sequence, channel: Channel | None, first_block: int) -> None:
-        """The whole path is reserved: the sequence may be scheduled."""
+    def _begin(self, sequence: Sequence, destination: Destination | None, first_block: int) -> bool:
+        """The whole path is reserved: the sequence may be scheduled. False when it is not wanted any more."""
         with self.engine.lock:
             if self._opening.get(sequence.request_id) is not sequence:
-                return  # aborted, or fenced off by a newer attempt; its lease is gone
+                return False  # aborted, or fenced off by a newer attempt; its lease is gone
             del self._opening[sequence.request_id]
             self.leases.take(sequence.request_id, sequence.epoch)
-            if channel is not None:
-                self.sender.begin(sequence, channel, first_block)
+            if destination is not None:
+                self.sender.begin(sequence, destination, first_block)
             self.engine.add(sequence)
             self.inbox.open_media(sequence)
+            return True
 
     def _drop(self, sequence: Sequence) -> bool:
         """The path could not be reserved; False when the request was ended by others already."""
@@ -323,6 +358,9 @@ class Worker:
     def _fail(self, failure: EngineFailed) -> None:
         """Tell everybody; the replica is replaced, so nothing is cleaned up."""
         with self.engine.lock:
+            if self._is_stopping:
+                return  # so are the other ranks
             self.failure = failure
+            self.engine.lock.notify_all()
             ids = {*self.engine.sequences, *self._opening}
         self._emit([RequestFailed(r, failure) for r in ids])

@@ -16,10 +16,14 @@ from torch import nn
 
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
+from ernie_cluster.config.quantization import Method, Quantization, choose_method
 from ernie_cluster.errors import ConfigError
+from ernie_cluster.model.cuda_ops import CudaOps, choose_fuse
 from ernie_cluster.model.decoder import Decoder
-from ernie_cluster.model.grouped_ops import GroupedOps
+from ernie_cluster.model.flash import UnpackedAttention, choose_flash
+from ernie_cluster.model.kv_pages import PAGES, PLAIN_PAGES, PlainPages
 from ernie_cluster.model.ops import TorchOps
+from ernie_cluster.model.storage import Storage
 from ernie_cluster.model.vision import VisionEncoder
 
 Role = Literal["vision", "prefill", "decode", "mixed"]
@@ -27,28 +31,33 @@ Role = Literal["vision", "prefill", "decode", "mixed"]
 # Below this width a decode step is all call overhead, and compiling kernels at start-up would not pay.
 _SMALLEST_COMPILED_WIDTH = 512
 
+_FIRST_WITH_FP8 = (9, 0)
+"""Compute capability of Hopper."""
+
 
 def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def choose_ops(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> TorchOps:
-    """Grouped products on GPUs, compiled kernels for bfloat16 on CPU, else plain torch.
+def choose_ops(config: ModelConfig, storage: Storage, pages: PlainPages, device: torch.device) -> TorchOps:
+    """`CudaOps` for bfloat16 on GPUs, compiled kernels for bfloat16 (and 8 and 4 bits) on CPU, else plain torch.
 
     `ERNIE_CPU_KERNELS=torch` turns the compiled ones off, `=numba` forces them for small models too.
     """
     wish = os.environ.get("ERNIE_CPU_KERNELS", "auto")
     if wish not in ("auto", "torch", "numba"):
         raise ConfigError(f"ERNIE_CPU_KERNELS={wish!r}: use auto, torch or numba")
-    if device.type == "cuda":
-        return GroupedOps()
-    is_fit = device.type == "cpu" and dtype == torch.bfloat16
+    if device.type == "cuda" and storage.dtype == torch.bfloat16:  # its attention and grouped products know no float32
+        flash = choose_flash(device)
+        return CudaOps(flash if pages is PLAIN_PAGES else UnpackedAttention(flash, pages), choose_fuse(), pages)
+    method = storage.method
+    is_fit = device.type == "cpu" and storage.dtype == torch.bfloat16 and not (method and method.is_fp8)
     is_large = config.text.hidden_size >= _SMALLEST_COMPILED_WIDTH
     if not is_fit or wish == "torch" or (wish == "auto" and not is_large):
-        return TorchOps()
-    from ernie_cluster.model.cpu_ops import NumbaOps  # numba takes a second to import
+        return TorchOps(pages)
+    from ernie_cluster.model.cpu_ops import NumbaCodeOps, NumbaOps  # numba takes a second to import
 
-    ops: TorchOps = NumbaOps()
+    ops: TorchOps = NumbaOps(pages) if method is None else NumbaCodeOps(pages)
     return ops
 
 
@@ -58,17 +67,41 @@ def has_vision_experts(config: ModelConfig, role: Role) -> bool:
 
 
 def build_decoder(
-    config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
+    config: ModelConfig,
+    role: Role,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = WHOLE,
+    quantization: Quantization | Literal["auto"] = "auto",
+    kv_dtype: str = "auto",
 ) -> Decoder:
     """An unfilled decoder with the parts of `role` that the rank of `shard` holds.
 
+    Args:
+        dtype: of numbers that are not quantised, and of KV where `kv_dtype` does not name another.
+        kv_dtype: see `EngineConfig`.
+
     Raises:
-        ConfigError: a size of the model is not divided by the ranks that share it.
+        ConfigError: a size of the model is not divided by the ranks that share it, or by the blocks of a quantisation; or
+            the checkpoint is quantised in another way.
     """
     shard.dims.check(config)
+    method = choose_method(quantization, config.quantization)
+    if method is not None:
+        shard.dims.check_blocks(config, method)
+        check_device(method, device)
+    storage, pages = Storage(dtype, method), PAGES.get(kv_dtype, PLAIN_PAGES)
     with torch.device(device):
-        ops, sees = choose_ops(config, dtype, device), has_vision_experts(config, role)
-        return Decoder(config.text, has_vision_experts=sees, dtype=dtype, ops=ops, shard=shard)
+        ops, sees = choose_ops(config, storage, pages, device), has_vision_experts(config, role)
+        return Decoder(config.text, has_vision_experts=sees, storage=storage, ops=ops, shard=shard)
+
+
+def check_device(method: Method, device: torch.device) -> None:
+    """Raise ConfigError where a GPU is too old for a method."""
+    if method.is_fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_WITH_FP8:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"quantization fp8 needs a Hopper GPU or a newer one, and this is {name}; use wint8")
 
 
 def build_vision(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> VisionEncoder:

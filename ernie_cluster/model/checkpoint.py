@@ -23,8 +23,17 @@ from torch import Tensor
 from ernie_cluster.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
-"""Types of weights that can be read, by their name in a header."""
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""Types that can be read, by their name in a header."""
+
+PLAIN = ("BF16", "F32")
+"""Those of numbers; the others hold codes of quantised ones."""
 
 _MOST_HEADER_BYTES = 100_000_000  # Source: the bound of the safetensors library
 _AGAIN = "download it again"

@@ -22,7 +22,7 @@ os.environ.setdefault("NUMBA_CPU_FEATURES", llvm.get_host_cpu_features().flatten
 
 import numba
 from llvmlite import ir
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 _OPTIONS = {"fastmath": True, "nogil": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 _ROWS = 16
@@ -51,14 +51,32 @@ def _prefetch(typing_context, array, index):
     return signature, codegen
 
 
-@numba.njit(inline="always")
 def _even(pair):
-    return np.uint32(pair << np.uint32(16)).view(np.float32)
+    """The even number of a pair: bfloat16 bits in a uint32, int8 codes in a uint16, or 4-bit codes in a uint8."""
+    raise NotImplementedError("compiled code only")
 
 
-@numba.njit(inline="always")
 def _odd(pair):
-    return np.uint32(pair & np.uint32(0xFFFF0000)).view(np.float32)
+    """The odd number, likewise."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_even, inline="always")
+def _even_of(pair):
+    return {
+        numba.uint32: lambda pair: np.uint32(pair << np.uint32(16)).view(np.float32),
+        numba.uint16: lambda pair: np.float32(np.int8(pair)),
+        numba.uint8: lambda pair: np.float32(np.int32(pair & np.uint8(15)) - np.int32(8)),
+    }[pair]
+
+
+@overload(_odd, inline="always")
+def _odd_of(pair):
+    return {
+        numba.uint32: lambda pair: np.uint32(pair & np.uint32(0xFFFF0000)).view(np.float32),
+        numba.uint16: lambda pair: np.float32(np.int8(pair >> np.uint16(8))),
+        numba.uint8: lambda pair: np.float32(np.int32(pair >> np.uint8(4)) - np.int32(8)),
+    }[pair]
 
 
 @numba.njit(inline="always")
@@ -134,6 +152,24 @@ def linear(x, weight, out):
             _dots(even, odd, 0, num_tokens, weight[n], sums)
             for m in range(num_tokens):
                 out[m, n] = _narrow(sums[m])
+
+
+@numba.njit(parallel=True, **_OPTIONS)
+def linear_codes(x, codes, scales, out):
+    """out = x @ (codes * scales).T.
+
+    Args:
+        x: uint16 [M, K] bits. codes: pairs of them [N, K / 2], uint16 or uint8. scales: float32 [N].
+        out: uint16 [M, N] bits.
+    """
+    num_tokens, num_rows = x.shape[0], codes.shape[0]
+    even, odd = _split(x, np.arange(num_tokens))
+    for chunk in numba.prange((num_rows + _ROWS - 1) // _ROWS):
+        sums = np.empty(num_tokens, np.float32)
+        for n in range(chunk * _ROWS, min(num_rows, (chunk + 1) * _ROWS)):
+            _dots(even, odd, 0, num_tokens, codes[n], sums)
+            for m in range(num_tokens):
+                out[m, n] = _narrow(sums[m] * scales[n])
 
 
 @numba.njit(parallel=True, **_OPTIONS)

@@ -15,10 +15,11 @@ from ernie_cluster.config.model import TextConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model.group import ALONE, Place
-from ernie_cluster.model.moe import GatedMLP, SparseMLP, empty_weight
+from ernie_cluster.model.moe import GatedMLP, SparseMLP
 from ernie_cluster.model.ops import TorchOps
 from ernie_cluster.model.rope import TextRope
 from ernie_cluster.model.step import KVCache, StepInput
+from ernie_cluster.model.storage import Storage
 
 
 def no_hook(layer: int) -> None:
@@ -28,14 +29,13 @@ def no_hook(layer: int) -> None:
 class Attention(nn.Module):
     """Grouped-query attention over paged KV: H query and G KV heads, those of one rank."""
 
-    def __init__(self, config: TextConfig, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE) -> None:
+    def __init__(self, config: TextConfig, storage: Storage, ops: TorchOps, shard: Shard = WHOLE) -> None:
         super().__init__()
         self.ops, self.num_heads, self.tp = ops, shard.share_of(config.num_heads), ALONE.tp
         num_kv_heads = len(shard.kv_heads(config.num_kv_heads))
-        self.qkv = empty_weight(
-            (self.num_heads + 2 * num_kv_heads) * config.head_dim, config.hidden_size, dtype=dtype
-        )  # [(H + 2G) * head_dim, D]: q, k, v
-        self.out = empty_weight(config.hidden_size, self.num_heads * config.head_dim, dtype=dtype)
+        rows = (self.num_heads + 2 * num_kv_heads) * config.head_dim
+        self.qkv = storage.linear(rows, config.hidden_size)  # [(H + 2G) * head_dim, D]: q, k, v
+        self.out = storage.linear(config.hidden_size, self.num_heads * config.head_dim)
 
     def forward(
         self, x_TD: Tensor, cos_TF: Tensor, sin_TF: Tensor, pages: tuple[Tensor, Tensor], step: StepInput
@@ -54,20 +54,20 @@ class DecoderLayer(nn.Module):
         index: int,
         *,
         has_vision_experts: bool,
-        dtype: torch.dtype,
+        storage: Storage,
         ops: TorchOps,
         shard: Shard = WHOLE,
     ) -> None:
         super().__init__()
         self.ops, self.eps, self.tp = ops, config.rms_norm_eps, ALONE.tp
-        self.input_norm = empty_weight(config.hidden_size, dtype=dtype)
-        self.attention = Attention(config, dtype, ops, shard)
-        self.post_attention_norm = empty_weight(config.hidden_size, dtype=dtype)
+        self.input_norm = storage.plain(config.hidden_size)
+        self.attention = Attention(config, storage, ops, shard)
+        self.post_attention_norm = storage.plain(config.hidden_size)
         self.mlp: SparseMLP | GatedMLP
         if index in config.sparse_layers:
-            self.mlp = SparseMLP(config, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops, shard=shard)
+            self.mlp = SparseMLP(config, has_vision_experts=has_vision_experts, storage=storage, ops=ops, shard=shard)
         else:
-            self.mlp = GatedMLP(config.hidden_size, shard.share_of(config.intermediate_size), dtype, ops)
+            self.mlp = GatedMLP(config.hidden_size, shard.share_of(config.intermediate_size), storage, ops)
 
     def forward(
         self,
@@ -77,11 +77,12 @@ class DecoderLayer(nn.Module):
         sin_TF: Tensor,
         pages: tuple[Tensor, Tensor],
         step: StepInput,
+        chosen: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.input_norm, self.eps)
         x_TD = self.attention(x_TD, cos_TF, sin_TF, pages, step)
         x_TD, residual_TD = self.ops.add_rms_norm(x_TD, residual_TD, self.post_attention_norm, self.eps)
-        return self.tp.add(self.mlp(x_TD, step.is_vision_T)), residual_TD
+        return self.tp.add(self.mlp(x_TD, step.is_vision_T, chosen)), residual_TD
 
     def connect(self, place: Place) -> None:
         """Add up with the peers of a gang."""
@@ -96,14 +97,14 @@ class Decoder(nn.Module):
     Args:
         config: its shape, whole.
         has_vision_experts: False on decode replicas, whose tokens are all text.
-        dtype: of all weights but the router's.
+        storage: how its matrices are held; routers are float32.
         ops: the kernels.
         shard: the part that this rank holds. Attention, dense MLPs and shared experts are then the rank's share of a sum
             over tp, the experts its share of a sum over ep.
     """
 
     def __init__(
-        self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE
+        self, config: TextConfig, *, has_vision_experts: bool, storage: Storage, ops: TorchOps, shard: Shard = WHOLE
     ) -> None:
         super().__init__()
         if config.use_bias:
@@ -111,15 +112,20 @@ class Decoder(nn.Module):
                 "use_bias true: no published model of the family has biases in its decoder; not supported"
             )
         self.config, self.ops, self.shard = config, ops, shard
-        self.embed = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed = storage.plain(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, has_vision_experts=has_vision_experts, dtype=dtype, ops=ops, shard=shard)
+            DecoderLayer(config, i, has_vision_experts=has_vision_experts, storage=storage, ops=ops, shard=shard)
             for i in range(config.num_layers)
         )
-        self.norm = empty_weight(config.hidden_size, dtype=dtype)
+        self.norm = storage.plain(config.hidden_size)
         if not config.tie_word_embeddings:
-            self.head = empty_weight(config.vocab_size, config.hidden_size, dtype=dtype)
+            self.head = storage.plain(config.vocab_size, config.hidden_size)
         self._rope: TextRope | None = None
+        self.sparse = [layer.mlp for layer in self.layers if isinstance(layer.mlp, SparseMLP)]
+        num_experts = self.sparse[0].router.num_experts * self.sparse[0].router.num_pools if self.sparse else 0
+        self.routed_LE = torch.zeros(len(self.sparse), num_experts, dtype=torch.int64)
+        """How often each expert of each sparse layer was chosen by this rank's tokens, ever."""
+        self._one = torch.ones(1, 1, dtype=torch.int64)
 
     def connect(self, place: Place) -> None:
         """Run together with the other ranks of a gang from now on; each calls `forward` as often as all others."""
@@ -143,10 +149,13 @@ class Decoder(nn.Module):
         x = self.embed.index_select(0, step.token_ids_T)
         if step.media_embeds is not None:
             x.index_copy_(0, step.media_rows, step.media_embeds)
-        residual = torch.zeros_like(x)
+        residual, chosen = torch.zeros_like(x), list[Tensor]()
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, cos_TF, sin_TF, kv.layer(i), step)
+            x, residual = layer(x, residual, cos_TF, sin_TF, kv.layer(i), step, chosen)
             layer_done(i)
+        if chosen:  # one addition for all layers, and no question to the device
+            chosen_LX = torch.stack(chosen).flatten(1)
+            self.routed_LE.scatter_add_(1, chosen_LX, self._one.expand_as(chosen_LX))
         x, residual = x.index_select(0, step.logits_rows), residual.index_select(0, step.logits_rows)
         x, _ = self.ops.add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
         return self.ops.linear(x, self.embed if self.config.tie_word_embeddings else self.head).float()

@@ -13,33 +13,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ernie_cluster.config.parallel import ParallelDims, expert_places
+from ernie_cluster.config.experts import EMPTY, Table
 from ernie_cluster.model.group import Place
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertMap:
-    """Where each expert stands; hot ones may stand on several ranks."""
+    """Where each expert stands; hot ones may stand on several ranks. Its memory stays, whatever moves."""
 
     rank_EC: Tensor
-    """int64 [E, C]: the rank of each copy; columns beyond an expert's last copy repeat the first ones."""
+    """int64 [E, C]: the rank of each copy; columns beyond an expert's last copy mean nothing."""
     local_EC: Tensor
-    """int64 [E, C]: its index among that rank's experts: text experts first, then vision experts."""
+    """int64 [E, C]: its slot on that rank: text slots first, then vision slots."""
+    copies_E: Tensor
+    """int64 [E]: how many there are, at least 1."""
 
     @classmethod
-    def dealt(cls, num_experts: int, num_pools: int, dims: ParallelDims) -> ExpertMap:
-        """One copy each, where `expert_places` puts it."""
-        places = torch.tensor(expert_places(num_experts, num_pools, dims))
-        return cls(places[:, :1], places[:, 1:])
+    def of(cls, table: Table, num_experts: int) -> ExpertMap:
+        """By a table of `num_experts`; where slots are empty, there is room for as many copies as there are ranks."""
+        most = 1 if len(table) * len(table[0]) == num_experts else len(table)
+        rank_EC = torch.zeros(num_experts, most, dtype=torch.int64)
+        out = cls(rank_EC, torch.zeros_like(rank_EC), torch.ones(num_experts, dtype=torch.int64))
+        out.follow(table)
+        return out
+
+    def follow(self, table: Table) -> None:
+        """Experts stand by `table` from now on."""
+        copies: list[list[tuple[int, int]]] = [[] for _ in range(len(self.copies_E))]
+        for rank, row in enumerate(table):
+            for slot, expert in enumerate(row):
+                if expert != EMPTY:
+                    copies[expert].append((rank, slot))
+        most = self.rank_EC.shape[1]
+        padded = torch.tensor([(some * most)[:most] for some in copies], device="cpu")
+        self.rank_EC.copy_(padded[..., 0])
+        self.local_EC.copy_(padded[..., 1])
+        self.copies_E.copy_(torch.tensor([len(some) for some in copies], device="cpu"))
 
     def locate(self, ids_TK: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
-        """(rank, local index), int64 [T, K] each; neighbouring tokens use different copies."""
-        num_copies = self.rank_EC.shape[1]
-        if num_copies == 1:
+        """(rank, slot), int64 [T, K] each; neighbouring tokens use different copies."""
+        if self.rank_EC.shape[1] == 1:
             return self.rank_EC[:, 0][ids_TK], self.local_EC[:, 0][ids_TK]
-        row = torch.arange(first_row, first_row + len(ids_TK), device=ids_TK.device) % num_copies
-        return self.rank_EC[ids_TK, row[:, None]], self.local_EC[ids_TK, row[:, None]]
+        row_T = torch.arange(first_row, first_row + len(ids_TK), device=ids_TK.device)
+        copy_TK = row_T[:, None] % self.copies_E[ids_TK]
+        return self.rank_EC[ids_TK, copy_TK], self.local_EC[ids_TK, copy_TK]
 
 
 class LocalDispatcher:
@@ -85,7 +103,9 @@ class AllToAllDispatcher:
         out = torch.zeros_like(x_TD)
         first, last = self._share(len(x_TD))
         mine, top_k = x_TD[first:last], ids_TK.shape[1]
-        rank_P, local_P = (part.reshape(-1) for part in self.experts.locate(ids_TK[first:last], first))
+        rank_P, local_P = (
+            part.reshape(-1) for part in self.experts.locate(ids_TK[first:last], first + self._place.ep.rank)
+        )
         order = rank_P.argsort(stable=True)
         to = torch.bincount(rank_P, minlength=self._place.ep.size)
         one_each = [1] * self._place.ep.size

@@ -11,16 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ernie_cluster.config.experts import Table, dealt
 from ernie_cluster.config.model import ExpertPool, TextConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.model.dispatch import Dispatcher, ExpertMap, LocalDispatcher, choose_dispatcher
-from ernie_cluster.model.group import Place
+from ernie_cluster.model.group import Group, Place
 from ernie_cluster.model.ops import ExpertWeights, TorchOps, choose_experts
-
-
-def empty_weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised weight on the default device, to be filled from a checkpoint."""
-    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+from ernie_cluster.model.relocate import relocate
+from ernie_cluster.model.storage import Storage, empty_weight
 
 
 class Router(nn.Module):
@@ -52,14 +50,15 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """Fused weights of one rank's experts of one pool: `gate_up` [E, 2W, D], `down` [E, D, W] for experts of width W.
 
-    Which experts these are, `shard.experts(pool.num_experts)` says.
+    E is `shard.slots(pool.num_experts)`. Which experts stand in them, the layer's `SparseMLP.table` says; the first dimension
+    of every tensor here is that of the experts, so that any can be exchanged with another rank's.
     """
 
-    def __init__(self, hidden_size: int, pool: ExpertPool, dtype: torch.dtype, shard: Shard = WHOLE) -> None:
+    def __init__(self, hidden_size: int, pool: ExpertPool, storage: Storage, shard: Shard = WHOLE) -> None:
         super().__init__()
-        width, num_experts = pool.intermediate_size, len(shard.experts(pool.num_experts))
-        self.gate_up = empty_weight(num_experts, 2 * width, hidden_size, dtype=dtype)
-        self.down = empty_weight(num_experts, hidden_size, width, dtype=dtype)
+        width, num_experts = pool.intermediate_size, shard.slots(pool.num_experts)
+        self.gate_up = storage.expert(num_experts, 2 * width, hidden_size)
+        self.down = storage.expert(num_experts, hidden_size, width)
 
     @property
     def weights(self) -> ExpertWeights:
@@ -74,7 +73,7 @@ class SparseMLP(nn.Module):
     """
 
     def __init__(
-        self, config: TextConfig, *, has_vision_experts: bool, dtype: torch.dtype, ops: TorchOps, shard: Shard = WHOLE
+        self, config: TextConfig, *, has_vision_experts: bool, storage: Storage, ops: TorchOps, shard: Shard = WHOLE
     ) -> None:
         super().__init__()
         assert config.text_experts is not None
@@ -83,35 +82,49 @@ class SparseMLP(nn.Module):
             pools.append(config.vision_experts)
         self.ops = ops
         self.router = Router(config.hidden_size, pools, config.norm_min, ops)
-        experts = [Experts(config.hidden_size, pool, dtype, shard) for pool in pools]
+        experts = [Experts(config.hidden_size, pool, storage, shard) for pool in pools]
         self.pools = nn.ModuleList(experts)
         self._weights = [e.weights for e in experts]
         width = shard.share_of(config.shared_intermediate_size)
-        self.shared = GatedMLP(config.hidden_size, width, dtype, ops) if width else None
+        self.shared = GatedMLP(config.hidden_size, width, storage, ops) if width else None
+        self.costs = tuple(pool.intermediate_size for pool in pools)
+        """What a token costs an expert of each modality, in any unit."""
+        self.table = dealt(self.router.num_experts, len(pools), shard.dims)
+        """Where the experts stand, the same on all ranks."""
         self._dispatch: Dispatcher = LocalDispatcher()
 
     def connect(self, place: Place) -> None:
         """Send tokens to the experts of the gang's other ranks, too."""
-        router = self.router
-        with torch.device(router.weight.device):
-            experts = ExpertMap.dealt(router.num_experts, router.num_pools, place.shard.dims)
-        self._dispatch = choose_dispatcher(place, experts)
+        with torch.device(self.router.weight.device):
+            self._map = ExpertMap.of(self.table, self.router.num_experts * self.router.num_pools)
+        self._dispatch = choose_dispatcher(place, self._map)
 
-    def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> Tensor:
-        """This rank's addend of [T, D]; the sum over tp is the layer's output."""
+    def move(self, table: Table, ep: Group) -> None:
+        """Experts stand by `table` from now on. All ranks of `ep` call this between the same two steps; see `relocate`."""
+        relocate(self.pools, self.table, table, ep)
+        self._map.follow(table)
+        self.table = table
+
+    def forward(self, x_TD: Tensor, is_vision_T: Tensor, chosen: list[Tensor]) -> Tensor:
+        """This rank's addend of [T, D]; the sum over tp is the layer's output.
+
+        `chosen` gets the experts of the tokens, int64 [T, K] over all pools.
+        """
         ids_TK, weights_TK = self.router(x_TD, is_vision_T)
+        chosen.append(ids_TK)
         out = self._dispatch(self.ops, x_TD, self._weights, ids_TK, weights_TK)
-        return out if self.shared is None else out + self.shared(x_TD, is_vision_T)
+        return out if self.shared is None else out + self.shared(x_TD)
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)): dense layers and shared experts; `width` of their columns are here."""
 
-    def __init__(self, hidden_size: int, width: int, dtype: torch.dtype, ops: TorchOps) -> None:
+    def __init__(self, hidden_size: int, width: int, storage: Storage, ops: TorchOps) -> None:
         super().__init__()
         self.ops = ops
-        self.gate_up = empty_weight(2 * width, hidden_size, dtype=dtype)
-        self.down = empty_weight(hidden_size, width, dtype=dtype)
+        self.gate_up = storage.linear(2 * width, hidden_size)
+        self.down = storage.linear(hidden_size, width)
 
-    def forward(self, x_TD: Tensor, is_vision_T: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, is_vision_T: Tensor | None = None, chosen: Sequence[Tensor] = ()) -> Tensor:
+        """This rank's addend of [T, D]; the other arguments are those of `SparseMLP`, and mean nothing here."""
         return self.ops.gated_mlp(x_TD, self.gate_up, self.down)

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ernie_cluster.model.kv_pages import PLAIN_PAGES, PlainPages
 from ernie_cluster.model.rope import rotate_interleaved
 from ernie_cluster.model.step import StepInput
+from ernie_cluster.model.storage import Weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
     """The experts of one modality, fused."""
 
-    gate_up_EWD: Tensor
+    gate_up_EWD: Weight
     """[E, 2W, D], gate rows first."""
-    down_EDW: Tensor
+    down_EDW: Weight
     """[E, D, W]."""
 
     @property
@@ -41,11 +43,25 @@ def choose_experts(logits_TE: Tensor, bias_TE: Tensor, top_k: int, norm_min: flo
 
 
 class TorchOps:
-    """Plain torch; no state."""
+    """Plain torch; no state.
 
-    def linear(self, x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+    Args:
+        pages: how K and V lie in the cache.
+    """
+
+    def __init__(self, pages: PlainPages = PLAIN_PAGES) -> None:
+        self.pages = pages
+
+    def check_block_size(self, block_size: int) -> None:
+        """ConfigError when `attention` cannot take KV blocks of so many tokens; here it takes any."""
+
+    def linear(self, x_TD: Tensor, weight_OD: Weight) -> Tensor:
         """x @ weight.T -> [T, O]."""
-        return functional.linear(x_TD, weight_OD)
+        return functional.linear(x_TD, weight_OD[...])
+
+    def expert_linear(self, x_TD: Tensor, weight_EOD: Weight, expert: int) -> Tensor:
+        """The same with one expert's matrix."""
+        return functional.linear(x_TD, weight_EOD[expert])
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """Normalised in float32, cast to x's dtype, then scaled."""
@@ -57,7 +73,7 @@ class TorchOps:
         residual_TD = residual_TD + x_TD
         return self.rms_norm(residual_TD, weight_D, eps), residual_TD
 
-    def gated_mlp(self, x_TD: Tensor, gate_up_WD: Tensor, down_DW: Tensor) -> Tensor:
+    def gated_mlp(self, x_TD: Tensor, gate_up_WD: Weight, down_DW: Weight) -> Tensor:
         """down(silu(gate(x)) * up(x)); gate and up in one matrix, gate rows first."""
         gate, up = self.linear(x_TD, gate_up_WD).chunk(2, -1)
         return self.linear(functional.silu(gate) * up, down_DW)
@@ -75,14 +91,15 @@ class TorchOps:
 
         Args:
             qkv_TX: [T, (H + 2G) * head_dim].
-            pages: K and V of one layer, each [blocks, block_size, G, head_dim]; changed in place.
+            pages: K and V of one layer, each [blocks, block_size, G, row]; changed in place.
         """
         k_pages, v_pages = pages
-        num_kv_heads, head_dim = k_pages.shape[2:]
-        heads = qkv_TX.view(qkv_TX.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+        num_tokens, num_kv_heads = qkv_TX.shape[0], k_pages.shape[2]
+        num_all = num_heads + 2 * num_kv_heads
+        heads = qkv_TX.view(num_tokens, num_all, qkv_TX.shape[1] // num_all)
         turned = rotate_interleaved(heads[:, : num_heads + num_kv_heads], cos_TF, sin_TF)
-        k_pages.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, turned[:, num_heads:])
-        v_pages.view(-1, num_kv_heads, head_dim).index_copy_(0, slots_T, heads[:, num_heads + num_kv_heads :])
+        self.pages.write(k_pages, slots_T, turned[:, num_heads:])
+        self.pages.write(v_pages, slots_T, heads[:, num_heads + num_kv_heads :])
         return turned[:, :num_heads]
 
     def attention(self, q_THD: Tensor, pages: tuple[Tensor, Tensor], step: StepInput) -> Tensor:
@@ -104,7 +121,8 @@ class TorchOps:
         num, longest = step.num_decode, max(step.context_lens[: step.num_decode])
         block_size = pages[0].shape[1]
         tables = step.block_tables_BM[:num, : -(-longest // block_size)].long()
-        k, v = (p[tables].flatten(1, 2)[:, :longest].transpose(1, 2) for p in pages)
+        blocks = (self.pages.read(p, tables, q_BHD.dtype) for p in pages)
+        k, v = (b.flatten(1, 2)[:, :longest].transpose(1, 2) for b in blocks)
         is_valid = torch.arange(longest, device=q_BHD.device)[None] < step.seq_lens_B[:num, None]
         out = functional.scaled_dot_product_attention(
             q_BHD[:, :, None], k, v, attn_mask=is_valid[:, None, None], enable_gqa=True
@@ -116,7 +134,8 @@ class TorchOps:
         query, context = step.query_lens[i], step.context_lens[i]
         block_size = pages[0].shape[1]
         table = step.block_tables_BM[i, : -(-context // block_size)].long()
-        k, v = (p[table].flatten(0, 1)[:context].transpose(0, 1)[None] for p in pages)
+        blocks = (self.pages.read(p, table, q_QHD.dtype) for p in pages)
+        k, v = (b.flatten(0, 1)[:context].transpose(0, 1)[None] for b in blocks)
         mask = None
         if query != context:
             positions = torch.arange(context, device=q_QHD.device)
@@ -153,8 +172,8 @@ class TorchOps:
             for e in range(pool.num_experts):
                 end = start + counts[expert]
                 if end > start:
-                    gate, up = functional.linear(rows[start:end], pool.gate_up_EWD[e]).chunk(2, -1)
-                    torch.mm(functional.silu(gate).mul_(up), pool.down_EDW[e].T, out=out[start:end])
+                    gate, up = self.expert_linear(rows[start:end], pool.gate_up_EWD, e).chunk(2, -1)
+                    out[start:end] = self.expert_linear(functional.silu(gate).mul_(up), pool.down_EDW, e)
                 start, expert = end, expert + 1
         by_token = torch.empty_like(out).index_copy_(0, order, out).view(num_tokens, top_k, x_TD.shape[1])
         return torch.bmm(weights_TK.to(x_TD.dtype)[:, None], by_token)[:, 0]

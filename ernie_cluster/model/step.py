@@ -12,9 +12,39 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Counts that say where each number of a step stands in its memory: see `packing`."""
+
+    num_tokens: int
+    num_sequences: int
+    width: int
+    """Columns of the block tables."""
+    num_decode: int
+    num_logits: int
+    num_media: int
+    """Rows whose embedding comes from a picture."""
+
+    @property
+    def is_decode(self) -> bool:
+        """One token of each sequence, and nothing else."""
+        return self.num_tokens == self.num_sequences == self.num_decode == self.num_logits and not self.num_media
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepMemory:
+    """The numbers of a step, all in one piece: what is copied to a device or announced to other ranks at once."""
+
+    shape: StepShape
+    host: Tensor
+    """uint8 [n] in host memory; pinned if the step is a GPU's."""
+    device: Tensor
+    """The same bytes where the model is; on CPU `host` itself."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInput:
-    """One step. Counts are host integers, so that no layer has to ask the device for one."""
+    """One step, made by `packing.make_step`. Counts are host integers, so that no layer has to ask the device for one."""
 
     token_ids_T: Tensor
     """int64 [T]."""
@@ -28,6 +58,10 @@ class StepInput:
     """int32 [B, M], padded with block 0."""
     seq_lens_B: Tensor
     """int32 [B]: tokens with valid K and V after this step."""
+    query_starts: Tensor
+    """int32 [B + 1]: first row of each sequence, and behind the last one T."""
+    key_starts: Tensor
+    """int32 [B + 1]: the same of `seq_lens_B`."""
     query_lens: tuple[int, ...]
     """[B] tokens of each sequence in this step; the first `num_decode` are 1."""
     context_lens: tuple[int, ...]
@@ -39,6 +73,8 @@ class StepInput:
     """int64 [E]: rows whose embedding comes from a picture; may be empty."""
     media_embeds: Tensor | None
     """model dtype [E, hidden], in the order of `media_rows`; None when E = 0."""
+    memory: StepMemory
+    """What all tensors above but the embeddings are views of."""
 
     @property
     def num_tokens(self) -> int:
@@ -49,7 +85,7 @@ class StepInput:
 class KVCache:
     """K and V of all layers in fixed blocks.
 
-    `data` is [layers, 2, num_blocks, block_size, kv_heads, head_dim]. Block 0 is never given to a sequence: padding
+    `data` is [layers, 2, num_blocks, block_size, kv_heads, row]; what a row is, `kv_pages` knows. Block 0 is never given to a sequence: padding
     points there. Ranks of one host share the memory; each computes on the `heads` that are its own.
     """
 
@@ -68,18 +104,16 @@ class KVCache:
         num_blocks: int,
         block_size: int,
         num_kv_heads: int,
-        head_dim: int,
+        row: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVCache:
-        return cls(
-            torch.zeros(num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
-        )
+        return cls(torch.zeros(num_layers, 2, num_blocks, block_size, num_kv_heads, row, dtype=dtype, device=device))
 
     @property
     def block_size(self) -> int:
         return self.data.shape[3]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """K and V pages of one layer, each [num_blocks, block_size, kv_heads, head_dim]."""
+        """K and V pages of one layer, each [num_blocks, block_size, kv_heads, row]."""
         return self._layers[index]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ernie_cluster.config.model import VisionConfig
-from ernie_cluster.model.moe import empty_weight
 from ernie_cluster.model.ops import TorchOps
 from ernie_cluster.model.rope import rotate_half_split, vision_rope
+from ernie_cluster.model.storage import empty_weight
 
 # CLIP's statistics, as in every preprocessor_config of the family
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -10,6 +10,9 @@ decoder's parameters are
     mlp.gate_up [2W, D]             mlp.down [D, W]              dense layers and shared experts: split over tp
     pools.N.gate_up [E, 2W, D]      pools.N.down [E, D, W]       whole experts, spread over ep
     router.weight [experts, D]      router.bias [pools, experts / pools]     whole on every rank
+
+Where matrices are quantised, attention, MLPs and experts have `codes` and `scales` instead. Codes are those of the whole
+matrix, whatever part of it a rank holds, so every layout of ranks computes with the same numbers.
 """
 
 from __future__ import annotations
@@ -17,14 +20,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ernie_cluster.config.model import ExpertPool, ModelConfig, TextConfig, VisionConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
 from ernie_cluster.errors import CheckpointError
 from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.decoder import Decoder
-from ernie_cluster.model.fill import Copy, check, fill, no_progress
+from ernie_cluster.model.fill import (
+    Copy,
+    check,
+    fill,
+    no_progress,
+    quantised_weights,
+    scales_name,
+    stored_copies,
+)
 from ernie_cluster.model.vision import VisionEncoder
 
 _UNUSED = ("lm_head.weight", "mtp_", ".mtp", "rotary_emb.inv_freq", "moe_statics.expert_usage")
@@ -147,6 +158,8 @@ def _biased(source: str, target: str, *shape: int) -> Iterator[Copy]:
 def check_names(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when the checkpoint has a tensor that the model of its config.json does not know."""
     known = {copy.source for copy in decoder_copies(config, has_vision_experts=config.is_multimodal)}
+    if config.quantization != "none":
+        known |= {scales_name(name) for name in known if name.endswith("_proj.weight")}
     if config.vision is not None:
         known |= {copy.source for copy in vision_copies(config)}
         known |= {f"model.{name}" for name in known if name.startswith("vision_model.")}
@@ -166,8 +179,13 @@ def load_decoder(
     has_vision_experts: bool,
     progress: Callable[[int, int], None] = no_progress,
 ) -> None:
-    """Fill a decoder with its shard; arguments and errors as of `fill`, and CheckpointError for a tensor too many."""
+    """Fill a decoder with its shard; arguments and errors as of `fill`, and CheckpointError for a tensor too many.
+
+    Quantised weights are made on the way, or read as they are stored.
+    """
     copies = list(decoder_copies(config, has_vision_experts=has_vision_experts, shard=decoder.shard))
+    if config.quantization != "none":
+        copies = list(stored_copies(copies, quantised_weights(decoder)))
     _load(decoder, copies, config, checkpoint, progress)
 
 
@@ -198,11 +216,23 @@ def _load(
 def randomize(module: nn.Module, seed: int = 0) -> None:
     """Random weights of a sensible size, for benchmarks and tests without a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
+    weights = quantised_weights(module)
     for name, p in module.named_parameters():
-        if name.endswith(("norm", "after_norm", "ln.weight", "norm1.weight", "norm2.weight")):
+        owner, _, kind = name.rpartition(".")
+        if owner in weights:
+            if kind == "codes":
+                weights[owner].fill(lambda *shape: _uniform(torch.empty(shape), generator))
+        elif name.endswith(("norm", "after_norm", "ln.weight", "norm1.weight", "norm2.weight")):
             p.fill_(1.0)
         elif name.endswith("bias"):
             p.zero_()
+        elif name == "embed":
+            _uniform(p, generator, 1.0)
         else:
-            scale = 1.0 if name == "embed" else p.shape[-1] ** -0.5
-            p.uniform_(-scale * 3**0.5, scale * 3**0.5, generator=generator)
+            _uniform(p, generator)
+
+
+def _uniform(p: Tensor, generator: torch.Generator, scale: float | None = None) -> Tensor:
+    """Numbers of this standard deviation; by default, such that products have that of their input."""
+    bound = 3**0.5 * (p.shape[-1] ** -0.5 if scale is None else scale)
+    return p.uniform_(-bound, bound, generator=generator)

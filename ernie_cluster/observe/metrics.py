@@ -78,6 +78,30 @@ METRICS: tuple[Metric, ...] = (
         "ernie_encode_seconds", "histogram", "One picture or video through the vision encoder.", ("model",), _STAGE_S
     ),
     Metric("ernie_preemptions_total", "counter", "Sequences whose blocks were taken back.", ("model", "replica")),
+    Metric(
+        "ernie_expert_imbalance",
+        "gauge",
+        "Load of the rank with most to do over the mean, of all layers, in the last minute or two; 1 = even.",
+        ("model", "replica", "role"),
+    ),
+    Metric(
+        "ernie_hottest_expert_share",
+        "gauge",
+        "Largest part of a layer's tokens of one modality that one expert got, in the last minute or two.",
+        ("model", "replica", "role"),
+    ),
+    Metric(
+        "ernie_routed_tokens",
+        "gauge",
+        "Tokens that went to experts of each modality since the replica started.",
+        ("model", "replica", "role", "modality"),
+    ),
+    Metric(
+        "ernie_expert_moves",
+        "gauge",
+        "How often experts changed places since the replica started.",
+        ("model", "replica", "role"),
+    ),
     # transfers and the router's books
     Metric("ernie_transfer_bytes_total", "counter", "Bytes moved between replicas: kv, embeddings.", ("kind",)),
     Metric("ernie_transfer_seconds", "histogram", "One hand-over, offered to confirmed.", ("kind",), _STAGE_S),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ernie_cluster.config.cluster import Role
+from ernie_cluster.config.experts import ExpertUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class ReplicaSnapshot:
     """Tokens per KV block."""
     age_s: float = 0.0
     """Seconds since it was taken, at most; a caller that asked for it counts from the asking."""
+    experts: ExpertUse | None = None
+    """For status pages; None without experts."""
 
     @property
     def is_usable(self) -> bool:

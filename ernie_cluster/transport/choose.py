@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ernie_cluster.transport.base import JSON
 
 TransportKind = Literal["ipc", "nccl", "shared_memory", "nixl", "object_store"]
 Wish = Literal["auto", "local", "ipc", "nccl", "shared_memory", "nixl", "object_store"]
@@ -36,6 +38,29 @@ class Endpoint:
     """None where the model is on the CPU."""
     has_nixl: bool = False
     """It reads pieces by NIXL."""
+    others: tuple[Endpoint, ...] = field(default=(), repr=False)
+    """Of the ranks that hold the other KV heads, in order; empty where this one holds them all."""
+
+    @property
+    def ranks(self) -> tuple[Endpoint, ...]:
+        """All ranks that KV goes to, this one first."""
+        return replace(self, others=()), *self.others
+
+    def without_gpu(self, why: str) -> Endpoint:
+        """The same rank, by the plain ways through host memory only."""
+        gpu = None if self.gpu is None else GpuEndpoint(self.gpu.gpu_id, None, why)
+        return replace(self, gpu=gpu, has_nixl=False)
+
+    def to_json(self) -> JSON:
+        """As a message bears it, without `others`; with its secrets."""
+        gpu: JSON = None if self.gpu is None else [self.gpu.gpu_id, self.gpu.address, self.gpu.fault]
+        return [self.host_id, self.shm_address, self.actor_name, gpu, self.has_nixl]
+
+    @classmethod
+    def from_json(cls, said: Any) -> Endpoint:
+        """What `to_json` made."""
+        host_id, shm_address, actor_name, gpu, has_nixl = said
+        return cls(host_id, shm_address, actor_name, None if gpu is None else GpuEndpoint(*gpu), has_nixl)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The engine alone on CPU against its bounds: bytes of weights over memory bandwidth, FLOPs over GEMM rate.
 
-    python scripts/bench/engine.py [--threads 2] [--steps 40] [--json]
+    python scripts/bench/engine.py [--threads 2] [--steps 40] [--quantization wint8] [--json]
 
 A random bfloat16 model of the family's shape, text only: hidden 1024, 12 layers, 16 heads of 64, 4 KV heads, 32
 experts of width 512 (6 chosen), one shared expert of 512, first layer dense 4096, vocabulary 32,000. All ratios are
@@ -31,7 +31,6 @@ from ernie_cluster.request import GenerationRequest, SamplingParams
 
 CONTEXT = 64
 PREFILL = 2000
-EXPERT_BYTES = 3 * 1024 * 512 * 2
 _numbers = itertools.count()
 
 
@@ -76,6 +75,12 @@ def fixed_bytes(decoder: Decoder) -> int:
     """Weights that every step reads: all but the experts and the input embedding."""
     experts = sum(p.nbytes for m in decoder.modules() if isinstance(m, SparseMLP) for p in m.pools.parameters())
     return sum(p.nbytes for p in decoder.parameters()) - experts - decoder.embed.nbytes
+
+
+def expert_bytes(decoder: Decoder) -> float:
+    """Of one expert."""
+    pool = next(m for m in decoder.modules() if isinstance(m, SparseMLP)).pools[0]
+    return sum(p.nbytes / len(p) for p in pool.parameters())
 
 
 class ExpertCounter:
@@ -127,7 +132,7 @@ def decode(worker: Worker, bounds: Bounds, batch: int, rounds: int, steps: int) 
     with ExpertCounter(decoder) as counter:
         for _ in range(10):
             engine.step()
-    num_bytes = fixed_bytes(decoder) + counter.hits / 10 * EXPERT_BYTES
+    num_bytes = fixed_bytes(decoder) + counter.hits / 10 * expert_bytes(decoder)
     times, model_times, ratios, rates = [], [], [], []
     for _ in range(rounds):
         rates.append(bounds.bandwidth())
@@ -190,11 +195,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=12, help="decode steps per round")
+    parser.add_argument("--quantization", choices=["none", "wint8", "wint4"], default="none")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     set_threads(args.threads)
     config = bench_config()
-    decoder = build_decoder(config, "decode", dtype=torch.bfloat16, device=torch.device("cpu"))
+    decoder = build_decoder(
+        config, "decode", dtype=torch.bfloat16, device=torch.device("cpu"), quantization=args.quantization
+    )
     randomize(decoder)
     worker, bounds = make_worker(decoder, config), Bounds()
     rows = [decode(worker, bounds, batch, args.rounds, args.steps) for batch in (1, 8)]

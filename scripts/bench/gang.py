@@ -25,6 +25,7 @@ from ernie_cluster.engine.crew import Command, announce
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.sampler import SamplerRow
 from ernie_cluster.model.group import ALONE, join, open_store
+from ernie_cluster.model.packing import make_step
 from ernie_cluster.model.step import StepInput
 from ernie_cluster.request import SamplingParams
 
@@ -35,20 +36,17 @@ LAYOUTS = [ParallelDims(1, 1), ParallelDims(2, 1), ParallelDims(1, 2)]
 def decode_step(batch: int) -> StepInput:
     """One token for each of `batch` sequences of `CONTEXT` tokens."""
     per = CONTEXT // BLOCK_SIZE
-    tables = torch.arange(1, batch * per + 1, dtype=torch.int32).view(batch, per)
-    return StepInput(
-        token_ids_T=torch.full((batch,), 300),
-        positions_3T=torch.full((3, batch), CONTEXT - 1),
-        slots_T=tables[:, -1].long() * BLOCK_SIZE + BLOCK_SIZE - 1,
-        is_vision_T=torch.zeros(batch, dtype=torch.bool),
-        block_tables_BM=tables,
-        seq_lens_B=torch.full((batch,), CONTEXT, dtype=torch.int32),
-        query_lens=(1,) * batch,
-        context_lens=(CONTEXT,) * batch,
+    tables = np.arange(1, batch * per + 1).reshape(batch, per)
+    return make_step(
+        token_ids=np.full(batch, 300),
+        positions=CONTEXT - 1,
+        slots=tables[:, -1] * BLOCK_SIZE + BLOCK_SIZE - 1,
+        block_tables=tables,
+        query_lens=[1] * batch,
+        context_lens=[CONTEXT] * batch,
         num_decode=batch,
-        logits_rows=torch.arange(batch),
-        media_rows=torch.zeros(0, dtype=torch.int64),
-        media_embeds=None,
+        logits_rows=range(batch),
+        device=torch.device("cpu"),
     )
 
 

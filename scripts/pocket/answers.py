@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from ernie_cluster.api.markup import AnswerParser, Markup
 from ernie_cluster.api.stops import StopStringFilter
+from ernie_cluster.config.quantization import Quantization
 from ernie_cluster.engine.engine import Outcome
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
@@ -30,15 +32,19 @@ class Respondent:
 
     Args:
         folder: the checkpoint.
+        quantization: see `ModelDeployment`.
+        kv_dtype: see `EngineConfig`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, quantization: Literal["auto", Quantization] = "auto", kv_dtype: str = "auto"
+    ) -> None:
         self.processor = ChatProcessor.from_folder(folder, served_name="pocket")
         config = self.processor.config
         cpu = torch.device("cpu")
         self._vision = build_vision(config, dtype=torch_dtype(config.dtype), device=cpu)
         load_vision(self._vision, config, Checkpoint(folder))
-        runner = Runner.load(str(folder), config, "mixed", dtype=config.dtype, device=cpu, num_blocks=4096, block_size=_BLOCK_SIZE)  # fmt: skip
+        runner = Runner.load(str(folder), config, "mixed", dtype=config.dtype, device=cpu, num_blocks=4096, block_size=_BLOCK_SIZE, quantization=quantization, kv_dtype=kv_dtype)  # fmt: skip
         settings = WorkerSettings(
             block_size=_BLOCK_SIZE, max_batch_tokens=2048, max_num_seqs=64, enable_prefix_cache=False,
             reserve_output_tokens=8, lease_timeout_s=3600.0, piece_bytes=1 << 20, can_encode=True,

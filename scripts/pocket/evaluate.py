@@ -7,10 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from answers import Respondent
 
+from ernie_cluster.config.quantization import METHODS, Quantization
 from ernie_cluster.skills.catalog import CHINESE_SKILLS, HELD_OUT, SKILLS, draw
 from ernie_cluster.skills.judge import judge
 from ernie_cluster.skills.sample import Language, Sample, ToolCall
@@ -62,9 +64,15 @@ def score(respondent: Respondent, samples: Sequence[Sample], wrong: list[tuple[S
     return out
 
 
-def evaluate(folder: Path, num_samples: int, skills: Sequence[str] = SKILLS) -> dict[tuple[str, Language], Score]:
-    """Score every skill; prints a line for each."""
-    respondent = Respondent(folder)
+def evaluate(
+    folder: Path,
+    num_samples: int,
+    skills: Sequence[str] = SKILLS,
+    quantization: Literal["auto", Quantization] = "auto",
+    kv_dtype: str = "auto",
+) -> dict[tuple[str, Language], Score]:
+    """Score every skill; prints a line for each, and one for all questions together."""
+    respondent = Respondent(folder, quantization, kv_dtype)
     languages: tuple[Language, ...] = ("en", "zh")
     out = {}
     for skill in skills:
@@ -78,6 +86,8 @@ def evaluate(folder: Path, num_samples: int, skills: Sequence[str] = SKILLS) -> 
             out[skill, language] = total
             calls = f"  calls formed {total.num_calls_formed}/{total.num_calls_due}, right {total.num_calls_right}" * bool(total.num_calls_due)  # fmt: skip
             print(f"{skill:12} {language} {total.accuracy:7.1%}{calls}  ({time.monotonic() - start:.0f} s)", flush=True)
+    num, num_right = sum(s.num for s in out.values()), sum(s.num_right for s in out.values())
+    print(f"{'all':12}    {num_right / max(1, num):7.1%}  ({num_right} of {num})")
     return out
 
 
@@ -87,9 +97,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, default=200, help="questions per skill and language")
     parser.add_argument("--skills", nargs="*", default=SKILLS)
+    parser.add_argument("--quantization", choices=["auto", "none", *METHODS], default="auto", help="of the decoder")
+    parser.add_argument("--kv-dtype", choices=["auto", "int8", "fp8"], default="auto", help="of K and V")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    evaluate(args.folder, args.samples, args.skills)
+    evaluate(args.folder, args.samples, args.skills, args.quantization, args.kv_dtype)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 tiny          vision, prefill, two decode replicas   the disaggregated way
 mixed         vision, mixed                          the same checkpoint without a hand-over
 small         mixed, 24 KV blocks of 16 tokens       to be over capacity soon
-gang          vision, prefill tp 2, decode dp 2      the first one's answers from several ranks; with --slow only
+gang          vision, prefill tp 2, decode dp 2      the same answers from ranks with KV heads of their own, experts on the
+                                                     move; --slow only
 ernie-pocket  vision, prefill, decode                the packaged model, where it is there: answers that can be right
 """
 
@@ -15,7 +16,15 @@ from collections.abc import Iterator
 import pytest
 
 from ernie_cluster.cli.local import is_packaged
-from ernie_cluster.config.cluster import MIB, ApiConfig, ClusterConfig, ModelDeployment, PoolConfig, RouterConfig
+from ernie_cluster.config.cluster import (
+    MIB,
+    ApiConfig,
+    ClusterConfig,
+    EplbConfig,
+    ModelDeployment,
+    PoolConfig,
+    RouterConfig,
+)
 from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.presets import POCKET, PRESETS
 from tests.tiny import tiny_folder
@@ -24,8 +33,8 @@ START_TIMEOUT_S = 300.0
 SMALL_BLOCKS = 24
 GANG_POOLS = (
     PoolConfig("vision", num_cpus=0.1),
-    PoolConfig("prefill", num_cpus=0.1, tp=2),
-    PoolConfig("decode", num_cpus=0.1, dp=2),
+    PoolConfig("prefill", num_cpus=0.1, tp=2, eplb=EplbConfig(enabled=True, interval_steps=2, min_gain=0.0)),
+    PoolConfig("decode", num_cpus=0.1, dp=2, eplb=EplbConfig(enabled=True, interval_steps=20, redundant_experts=1)),
 )
 
 
@@ -39,12 +48,13 @@ def build_config(
     engine = dataclasses.replace(
         tiny.engine, kv_cache_bytes=(SMALL_BLOCKS + 1) * block_bytes, max_model_len=2048, enable_prefix_cache=False
     )
+    split = dataclasses.replace(tiny.engine, kv_placement="split")
     return ClusterConfig(
         models=(
             dataclasses.replace(tiny, pools=pools),
             dataclasses.replace(mixed, name="mixed"),
             ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
-            *((dataclasses.replace(tiny, name="gang", pools=GANG_POOLS),) if has_gang else ()),
+            *((dataclasses.replace(tiny, name="gang", pools=GANG_POOLS, engine=split),) if has_gang else ()),
             *(PRESETS["pocket"](POCKET).models if is_packaged() else ()),
         ),
         api=ApiConfig(

@@ -1,4 +1,4 @@
-"""Replicas of several ranks: the same answers, and a gang that loses a rank is replaced whole."""
+"""Replicas of several ranks: the same answers while experts move between them, and a gang that loses a rank is replaced whole."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ PROMPTS = [("Once upon a time", None, None), ("What is this?", 3, None), ("And t
 def test_a_gang_answers_as_single_ranks_do(app: Application, text: str, picture: int | None, video: int | None) -> None:
     asked = {"picture": picture, "video": video, "max_tokens": 24}
     assert app.text("gang", text, **asked) == app.text("tiny", text, **asked)
+
+
+def test_experts_have_moved_meanwhile(app: Application) -> None:
+    app.text("gang", "Tell me of the sea", picture=3, max_tokens=48)
+
+    def objection() -> str:
+        lines = app.get("/metrics").text.splitlines()
+        moves = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("ernie_expert_moves{")}
+        moved = [name for name, count in moves.items() if 'model="gang"' in name and count]
+        has_both = all(any(f'role="{role}"' in name for name in moved) for role in ("prefill", "decode"))
+        return "" if has_both else f"not all have moved: {moves}"
+
+    eventually(objection, 60)
+    gang = [r for r in app.get("/debug/experts").json()["data"] if r["model"] == "gang"]
+    assert sorted(r["role"] for r in gang) == ["decode", "decode", "prefill"]
+    assert all(len(layer["table"]) == 2 for r in gang for layer in r["layers"])
+    assert all(sum(layer["tokens"]) for r in gang if r["role"] == "prefill" for layer in r["layers"])
 
 
 def test_both_decode_groups_answer_at_once(app: Application) -> None:

@@ -17,8 +17,10 @@ from ernie_cluster.policy.sizing.pools import PoolSizing, Setting, gigabytes, si
 def setting_of(deployment: ModelDeployment, shape: ModelConfig, gpu: Gpu | None) -> Setting:
     """What the pools of a configured model have in common: weights and KV as the engine holds them."""
     dtype = deployment.engine.dtype_of(shape.dtype)
+    method = deployment.method(shape.quantization)
+    weights = FORMATS[dtype] if method is None else replace(FORMATS[method.name], plain_bits=FORMATS[dtype].plain_bits)
     pixels = deployment.image_max_pixels or memory.IMAGE_MAX_PIXELS
-    return Setting(shape, deployment.engine, FORMATS[dtype], dtype, gpu, pixels)
+    return Setting(shape, deployment.engine, weights, deployment.engine.kv_dtype_of(shape.dtype), gpu, pixels)
 
 
 def size_deployment(deployment: ModelDeployment, setting: Setting) -> tuple[PoolSizing, ...]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ernie_cluster.config.quantization import METHODS
+
 Kind = Literal["linear", "expert", "plain", "float32"]
 """What a matrix is to a format."""
 
@@ -60,9 +62,7 @@ FORMATS: Mapping[str, WeightFormat] = {
     for f in (
         WeightFormat("float32", 32, 32, 32),
         WeightFormat("bfloat16", 16, 16, 16),
-        WeightFormat("wint8", 16, 8, 8, (1, 0)),
-        WeightFormat("fp8", 16, 8, 8, (128, 128)),
-        WeightFormat("wint4", 16, 8, 4, (1, 0)),
+        *(WeightFormat(m.name, 16, m.linear_bits, m.expert_bits, m.block) for m in METHODS.values()),
     )
 }
 """By name, most bytes first."""

@@ -6,10 +6,8 @@ where it lies. The reserves are assumptions, on the large side: no GPU was at ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ernie_cluster.config.cluster import GIB, MIB, EngineConfig, Role
-from ernie_cluster.config.kv_layout import KVLayout, kv_heads_of_rank
+from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig, VisionConfig
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.policy.sizing.weights import matrices
@@ -21,8 +19,8 @@ VIDEO_FRAME_PIXELS = 1196 * 28 * 28
 EMBEDDING_CACHE_BYTES = 256 * MIB
 """Host memory in which a vision rank keeps the embeddings of pictures."""
 
-KV_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
-"""Bytes per number of K and V. The scales of 8-bit KV are per channel, less than a token's worth."""
+KV_TYPES = ("float32", "bfloat16", "fp8", "int8")
+"""Of K and V."""
 
 _CONTEXT_BYTES = GIB
 """CUDA context, cuBLAS and attention workspaces."""
@@ -37,9 +35,8 @@ _PROCESS_BYTES = {True: 3 * GIB, False: GIB}
 
 
 def kv_layout(model: ModelConfig, block_size: int, kv: str, tp: int) -> KVLayout:
-    """Layout on each rank of a tensor-parallel group; `kv` is a key of `KV_BYTES`."""
-    heads = len(kv_heads_of_rank(model.text.num_kv_heads, tp, tp_rank=0))
-    return KVLayout(model.text.num_layers, heads, model.text.head_dim, block_size, KV_BYTES[kv])
+    """Layout on each rank of a tensor-parallel group; `kv` is one of `KV_TYPES`."""
+    return KVLayout.from_model(model, block_size, kv, tp)
 
 
 def decoder_activation_bytes(
@@ -62,6 +59,18 @@ def decoder_activation_bytes(
     layer = max(attention, dense if is_dense else 0, sparse)
     logits = 3 * engine.max_num_seqs * text.vocab_size * 4  # float32, as the sampler copies them
     return tokens * (always + layer) * number_bytes + logits
+
+
+def unpacked_bytes(model: ModelConfig, dims: ParallelDims, number_bytes: int, *, has_vision_experts: bool) -> int:
+    """Of the largest quantised weight on one rank, which GPUs unpack before they multiply it.
+
+    28B in bfloat16, one rank: gate and up of 64 experts, 1.01 GB.
+    """
+    text = model.text
+    pools = [p for p in (text.text_experts, text.vision_experts if has_vision_experts else None) if p is not None]
+    rows = [2 * p.intermediate_size * -(-p.num_experts // dims.ep) for p in pools]
+    rows.append(2 * max(text.intermediate_size, text.shared_intermediate_size) // dims.tp)
+    return max(rows) * text.hidden_size * number_bytes
 
 
 def vision_activation_bytes(vision: VisionConfig, num_patches: int, number_bytes: int) -> int:

@@ -28,7 +28,7 @@ class Setting:
     engine: EngineConfig
     weights: WeightFormat
     kv: str
-    """A key of `memory.KV_BYTES`."""
+    """One of `memory.KV_TYPES`."""
     gpu: Gpu | None
     """Of the pools that have GPUs; None when there are none."""
     image_max_pixels: int = memory.IMAGE_MAX_PIXELS
@@ -189,9 +189,11 @@ def _activations(setting: Setting, pool: PoolConfig) -> int:
         patches = memory.num_patches(vision, setting.image_max_pixels, setting.video_frames)
         return memory.vision_activation_bytes(vision, patches, number_bytes)
     has_vision_experts = pool.role != "decode"
-    return memory.decoder_activation_bytes(
-        setting.model, setting.engine, pool.dims, number_bytes, has_vision_experts=has_vision_experts
-    )
+    sizes = (pool.dims, number_bytes)
+    step = memory.decoder_activation_bytes(setting.model, setting.engine, *sizes, has_vision_experts=has_vision_experts)
+    if not setting.weights.is_quantised:
+        return step
+    return step + memory.unpacked_bytes(setting.model, *sizes, has_vision_experts=has_vision_experts)
 
 
 def _problem(

@@ -1,8 +1,9 @@
 """Every matrix of a model, and what of it a rank holds.
 
 Attention, MLPs, embedding and head are split over `tp` and repeated in each of the `dp` groups; experts stay whole and are
-spread over all `ep = tp * dp` ranks, pool by pool; norms, routers, ViT and resampler are whole on each rank. A role
-decides which matrices there are, as in `model/build.py`; the tests hold the two against each other.
+spread over all `ep = tp * dp` ranks, pool by pool, each rank with the redundant slots of its pool's configuration; norms,
+routers, ViT and resampler are whole on each rank. A role decides which matrices there are, as in `model/build.py`; the tests
+hold the two against each other.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ class Matrix:
             case "columns":
                 return replace(self, columns=_share(self.columns, dims.tp, place.tp_rank))
             case "experts":
-                return replace(self, experts=_share(self.experts, dims.ep, place.ep_rank))
+                return replace(self, experts=_share(self.experts, dims.ep, place.ep_rank) + dims.redundant_experts)
             case "whole":
                 return self
 
     def copies(self, dims: ParallelDims) -> int:
-        """How often each of its numbers is held by the ranks of one replica."""
+        """How often each of its numbers is held by the ranks of one replica, redundant slots for experts aside."""
         return {"rows": dims.dp, "columns": dims.dp, "experts": 1, "whole": dims.world}[self.split]
 
     def num_bytes(self, form: WeightFormat) -> int:

@@ -11,7 +11,7 @@ from ernie_cluster.config.cluster import GIB, ClusterConfig, EngineConfig, Model
 from ernie_cluster.errors import ConfigError
 from tests import tiny
 
-SMALL = EngineConfig(kv_cache_bytes=GIB)
+SMALL = EngineConfig(block_size=256, kv_cache_bytes=GIB)
 
 
 def config(num_gpus: float, engine: EngineConfig = SMALL) -> ClusterConfig:
@@ -38,12 +38,12 @@ def test_a_pool_fits_on_a_gpu_that_is_there(machines: list[dict[str, Any]]) -> N
     with pytest.raises(
         ConfigError, match=r"model 'tiny' does not fit: mixed .* of h100-80g; set engine.kv_cache_bytes"
     ):
-        launch.check_machines(config(num_gpus=1, engine=EngineConfig(kv_cache_bytes=90 * GIB)))
+        launch.check_machines(config(num_gpus=1, engine=EngineConfig(block_size=256, kv_cache_bytes=90 * GIB)))
 
 
 def test_a_gpu_that_is_not_known_is_not_judged(machines: list[dict[str, Any]]) -> None:
     machines.extend([node(GIB, "H100"), node(GIB, "H900")])
-    launch.check_machines(config(num_gpus=1, engine=EngineConfig(kv_cache_bytes=90 * GIB)))
+    launch.check_machines(config(num_gpus=1, engine=EngineConfig(block_size=256, kv_cache_bytes=90 * GIB)))
 
 
 def test_pools_without_gpus_need_memory_of_machines_that_live(machines: list[dict[str, Any]]) -> None:
@@ -60,3 +60,35 @@ def test_start_checks_first(machines: list[dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="without GPUs need"):
         launch.start(config(num_gpus=0), said.append, timeout_s=1)
     assert said == []
+
+
+def gang(kv_placement: Any = "auto", **pool: Any) -> ClusterConfig:
+    engine = EngineConfig(kv_cache_bytes=GIB, kv_placement=kv_placement, block_size=256)
+    return ClusterConfig(models=(ModelDeployment("tiny", tiny.tiny_folder(), (PoolConfig("mixed", **pool),), engine),))
+
+
+@pytest.mark.parametrize("kv_placement", ["auto", "split"])
+def test_ranks_on_gpus_hold_their_own_kv(kv_placement: str) -> None:
+    launch.check(gang(kv_placement, tp=2, dp=2, num_gpus=1))
+
+
+@pytest.mark.parametrize("kv_placement", ["auto", "shared", "split"])
+def test_ranks_on_cpu_may_share_it(kv_placement: str) -> None:
+    launch.check(gang(kv_placement, tp=2))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            gang("shared", tp=2, num_gpus=1),
+            r"pool mixed: tp = 2 on GPUs with engine.kv_placement = shared; .*use split or auto",
+        ),
+        (gang(tp=2, num_gpus=0.5), r"tp \* dp = 2 ranks with num_gpus = 0\.5 each; .* set num_gpus to 1"),
+        (gang(dp=2, num_gpus=0.25), r"tp \* dp = 2 ranks with num_gpus = 0\.25 each"),
+        (gang(tp=4, num_gpus=1), r"num_kv_heads % tp = 2 % 4 = 2"),
+    ],
+)
+def test_what_ranks_cannot_do_on_gpus_is_refused(config: ClusterConfig, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        launch.check(config)

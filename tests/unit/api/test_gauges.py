@@ -9,6 +9,7 @@ import pytest
 from ernie_cluster.api import gauges
 from ernie_cluster.api.backend import ReplicaLoad
 from ernie_cluster.api.gauges import ReplicaGauges
+from ernie_cluster.config.experts import ExpertUse
 from ernie_cluster.errors import ReplicaLost
 from ernie_cluster.observe.metrics import InMemoryMetrics
 from tests.fakes import FakeBackend
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 VISION = ReplicaLoad("m", "vision", "m/vision/1", 1, 2, 30, 0, 0)
 DECODE = ReplicaLoad("m", "decode", "m/decode/1", 4, 0, 0, 60, 100)
+MIXED = ReplicaLoad("e", "mixed", "e/mixed/1", 0, 0, 0, 9, 9, ExpertUse(1.5, 0.25, (70, 30), 2))
 
 
 def shown(metrics: InMemoryMetrics) -> dict[str, float]:
@@ -52,6 +54,17 @@ async def test_all_that_replicas_tell_is_shown() -> None:
         'ernie_waiting_tokens{model="m",replica="m/decode/1",role="decode"}': 0,
         'ernie_kv_blocks{model="m",replica="m/decode/1",state="used"}': 40,
         'ernie_kv_blocks{model="m",replica="m/decode/1",state="free"}': 60,
+    }
+
+
+async def test_the_use_of_experts_is_shown_where_there_are_some() -> None:
+    watch = Watch(MIXED, DECODE)
+    assert {key: value for key, value in (await watch.look()).items() if "expert" in key or "routed" in key} == {
+        'ernie_expert_imbalance{model="e",replica="e/mixed/1",role="mixed"}': 1.5,
+        'ernie_hottest_expert_share{model="e",replica="e/mixed/1",role="mixed"}': 0.25,
+        'ernie_expert_moves{model="e",replica="e/mixed/1",role="mixed"}': 2,
+        'ernie_routed_tokens{model="e",replica="e/mixed/1",role="mixed",modality="text"}': 70,
+        'ernie_routed_tokens{model="e",replica="e/mixed/1",role="mixed",modality="vision"}': 30,
     }
 
 

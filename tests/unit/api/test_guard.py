@@ -176,10 +176,11 @@ async def test_a_body_without_a_key_is_not_read(house: House) -> None:
     await connection.task
 
 
-async def test_metrics_take_the_admin_key_where_there_is_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/metrics", "/debug/experts"])
+async def test_operators_routes_take_the_admin_key_where_there_is_one(tmp_path: Path, path: str) -> None:
     server = House(tmp_path, admin_sha256=sha256("root")).server
     statuses = [
-        (await server.get("/metrics", {"authorization": f"Bearer {key}"})).status_code for key in ("root", "alice", "")
+        (await server.get(path, {"authorization": f"Bearer {key}"})).status_code for key in ("root", "alice", "")
     ]
     assert statuses == [200, 401, 401]
     assert (await server.get("/v1/models", {"authorization": "Bearer root"})).status_code == 401

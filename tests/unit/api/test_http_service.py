@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ernie_cluster.api.backend import ModelStatus
+from ernie_cluster.api.backend import ModelStatus, ReplicaExperts
 from ernie_cluster.api.limits import ApiLimits
+from ernie_cluster.config.experts import LayerExperts
 from ernie_cluster.errors import DeadlineExceeded, Overloaded, ReplicaLost
 from ernie_cluster.request import FinishReason, Span
 from tests.fakes import FakeBackend, Script, Step, bytes_of, say
@@ -354,6 +355,20 @@ async def test_operators_routes() -> None:
     metrics = await server.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
     assert 'ernie_request_total{model="tiny",outcome="success"} 1.0' in metrics.text
+
+
+async def test_the_place_and_use_of_every_expert() -> None:
+    server = Server()
+    server.backend.expert_news = [
+        ReplicaExperts("m", "mixed", "m/mixed/1", [LayerExperts(3, (5, 0, 2, 2), ((0, -1, 2), (1, 0, 3)))])
+    ]
+    layer = {"layer": 3, "tokens": [5, 0, 2, 2], "table": [[0, -1, 2], [1, 0, 3]]}
+    assert (await server.get("/debug/experts")).json() == {
+        "object": "list",
+        "data": [{"model": "m", "role": "mixed", "replica": "m/mixed/1", "layers": [layer]}],
+    }
+    server.backend.expert_news = ReplicaLost("gone")
+    assert (await server.get("/debug/experts")).status_code == 503
 
 
 async def test_shutdown_closes_the_backend() -> None:

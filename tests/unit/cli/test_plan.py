@@ -76,10 +76,10 @@ def test_json_has_every_rank_and_both_estimates(capsys: pytest.CaptureFixture[st
 
 
 def test_a_refusal_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan_json(capsys, "--model", "28b", "--gpu", "rtx4090", "--count", "1")
+    found = plan_json(capsys, "--model", "28b", "--gpu", "l40s", "--count", "1")
     assert not found["fits"]
     assert found["models"][0]["estimates"] is None
-    assert {"change": "wint4 weights on these GPUs", "options": "--quantization wint4"} in found["models"][0]["nearest"]
+    assert {"change": "wint8 weights on these GPUs", "options": "--quantization wint8"} in found["models"][0]["nearest"]
 
 
 def test_a_configuration_on_cpu_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,12 +102,16 @@ def test_option_and_argument_name_the_same_configuration(capsys: pytest.CaptureF
     assert plan(capsys, "--config", str(file)) == plan(capsys, str(file))
 
 
-def test_bf16_is_bfloat16_and_quantised_plans_say_that_they_are_plans(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bf16_is_bfloat16_and_quantised_plans_can_be_served(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert plan(capsys, *WHOLE_28B, "--quantization", "bf16", "--kv-dtype", "bf16") == plan(capsys, *WHOLE_28B)
     code, shown = plan(capsys, *WHOLE_28B, "--quantization", "wint4", "--kv-dtype", "fp8")
     assert code == 0
-    assert "quantised ones can be planned only" in shown
-    assert "models:" not in shown
+    assert "planned only" not in shown
+    file = tmp_path / "cluster.yaml"
+    file.write_text(shown[shown.index("models:") :].partition("\n\n")[0], encoding="utf-8")
+    model = load_config(file, {}).models[0]
+    assert (model.quantization, model.engine.kv_dtype) == ("wint4", "fp8")
+    assert "planned only" in plan(capsys, *WHOLE_28B, "--kv-dtype", "float32")[1]
 
 
 def test_gpus_that_make_no_gang_are_named(capsys: pytest.CaptureFixture[str]) -> None:

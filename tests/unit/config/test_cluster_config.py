@@ -13,6 +13,7 @@ from ernie_cluster.config.cluster import (
     ApiConfig,
     ClusterConfig,
     EngineConfig,
+    EplbConfig,
     ModelDeployment,
     PoolConfig,
     RouterConfig,
@@ -20,6 +21,7 @@ from ernie_cluster.config.cluster import (
     TransportConfig,
 )
 from ernie_cluster.config.presets import PRESETS, ernie_28b_a3b, ernie_424b_a47b, tiny, tiny_mixed
+from ernie_cluster.config.quantization import METHODS
 from ernie_cluster.errors import ConfigError, UnknownModel
 
 MIXED = PoolConfig("mixed")
@@ -43,6 +45,10 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
         (lambda: PoolConfig("mixed", num_gpus=2), "num_gpus = 2 must be between 0 and 1"),
         (lambda: PoolConfig("mixed", tp=0), "tp = 0 must be at least 1"),
         (lambda: PoolConfig("vision", tp=2), r"tp \* dp = 2 \* 1 = 2 must be 1"),
+        (lambda: PoolConfig("mixed", eplb=EplbConfig(enabled=True)), r"eplb.enabled with tp \* dp = 1"),
+        (lambda: EplbConfig(interval_steps=0), "interval_steps = 0 must be at least 1"),
+        (lambda: EplbConfig(redundant_experts=-1), "redundant_experts = -1 must be at least 0"),
+        (lambda: EplbConfig(min_gain=1.5), "min_gain = 1.5 must be between 0 and 1"),
         (lambda: deployment(MIXED, name="a b"), "name = 'a b'"),
         (lambda: deployment(MIXED, path=""), "path is empty"),
         (lambda: deployment(), "cannot serve; add mixed, or prefill and decode"),
@@ -51,6 +57,7 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
         (lambda: deployment(PoolConfig("decode"), MIXED), "decode needs prefill"),
         (lambda: deployment(MIXED, MIXED), "pool role 'mixed' appears more than once"),
         (lambda: deployment(MIXED, engine=EngineConfig(device="cuda")), "mixed has num_gpus = 0"),
+        (lambda: deployment(replace(MIXED, num_gpus=1)), r"block_size = 16 of 'm': mixed has GPUs.* set it to 256"),
         (lambda: replace(deployment(MIXED), image_min_pixels=9, image_max_pixels=8), "image_max_pixels = 8"),
         (lambda: TransportConfig(piece_bytes=0), "piece_bytes = 0"),
         (lambda: TransportConfig(piece_bytes=9, staging_bytes=8), "staging_bytes = 8"),
@@ -77,6 +84,12 @@ def test_what_cannot_work_is_refused(make: Callable[[], object], message: str) -
         make()
 
 
+@pytest.mark.parametrize(("is_on", "slots"), [(True, 2), (False, 0)])
+def test_slots_for_copies_of_experts_are_kept_only_where_experts_move(is_on: bool, slots: int) -> None:
+    pool = PoolConfig("mixed", tp=2, eplb=EplbConfig(enabled=is_on, redundant_experts=2))
+    assert pool.dims.redundant_experts == slots
+
+
 @pytest.mark.parametrize(
     "roles", [("mixed",), ("prefill", "decode"), ("prefill", "decode", "mixed"), ("vision", "mixed")]
 )
@@ -93,6 +106,45 @@ def test_a_vision_pool_needs_a_model_with_eyes() -> None:
     blind.check_media(is_multimodal=True)
     with pytest.raises(ConfigError, match="text-only; remove the vision pool"):
         seeing.check_media(is_multimodal=False)
+
+
+def quantised(model: str, pool: str, **changes: Any) -> ModelDeployment:
+    pools = (PoolConfig("prefill"), PoolConfig("decode", quantization=pool))  # type: ignore[arg-type]
+    return replace(deployment(PoolConfig("mixed")), quantization=model, **{"pools": pools, **changes})
+
+
+@pytest.mark.parametrize(
+    ("model", "pool"), [("auto", "wint4"), ("none", "wint4"), ("wint8", "wint4"), ("wint4", "none")]
+)
+def test_pools_with_other_weights_than_the_model_are_refused(model: str, pool: str) -> None:
+    why = "KV that one pool computes is continued by another"
+    with pytest.raises(ConfigError, match=f"decode has quantization = {pool}, the model has {model}; {why}"):
+        quantised(model, pool)
+
+
+@pytest.mark.parametrize("name", ["none", "wint8", "wint4", "auto"])
+def test_pools_may_repeat_the_models_weights(name: str) -> None:
+    assert quantised(name, name).pool("decode").quantization == name  # type: ignore[union-attr]
+
+
+def test_the_method_is_the_wish_or_the_checkpoints() -> None:
+    assert quantised("auto", "auto").method("none") is None
+    assert quantised("none", "auto").method("none") is None
+    assert quantised("wint8", "auto").method("none") == quantised("auto", "auto").method("wint8") == METHODS["wint8"]
+    for wish in ("none", "wint4"):
+        with pytest.raises(ConfigError, match=f"'m': quantization = {wish}, but the checkpoint is stored as wint8"):
+            quantised(wish, "auto").method("wint8")
+
+
+@pytest.mark.parametrize(("wish", "stored"), [("fp8", "none"), ("auto", "fp8")])
+def test_fp8_is_refused_on_cpu(wish: str, stored: Any) -> None:
+    on_gpus = tuple(replace(p, num_gpus=1) for p in quantised("auto", "auto").pools)
+    paged = EngineConfig(block_size=256)
+    with pytest.raises(ConfigError, match="fp8 needs Hopper GPUs or newer ones, and pool prefill runs on CPU"):
+        quantised(wish, "auto").method(stored)
+    with pytest.raises(ConfigError, match="pool prefill runs on CPU"):
+        quantised(wish, "auto", pools=on_gpus, engine=replace(paged, device="cpu")).method(stored)
+    assert quantised(wish, "auto", pools=on_gpus, engine=paged).method(stored) == METHODS["fp8"]
 
 
 def test_a_model_is_found_by_name() -> None:

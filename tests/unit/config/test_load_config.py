@@ -30,7 +30,7 @@ NAMES = st.from_regex(r"[\w.:/@+-]+", fullmatch=True)
 
 ENGINES = st.builds(
     EngineConfig,
-    block_size=COUNTS,
+    block_size=COUNTS.map(lambda n: 256 * n),  # GPUs take no others
     kv_cache_bytes=COUNTS,
     max_batch_tokens=st.integers(64, 2**40),
     enable_prefix_cache=st.booleans(),

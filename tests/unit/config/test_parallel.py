@@ -65,6 +65,10 @@ def test_check_passes_exactly_when_everything_divides(tp: int, dp: int) -> None:
     [
         (ParallelDims(tp=3), "num_heads % tp = 20 % 3 = 2, must be 0"),
         (ParallelDims(tp=5), "num_kv_heads % tp = 4 % 5 = 4, must be 0 .* tp can be 1, 2, 4$"),
+        (
+            ParallelDims(2, 2, 49),
+            r"redundant_experts = 49 must be at most 48: text_experts.num_experts / \(tp \* dp\) = 16",
+        ),
         (ParallelDims(tp=4, dp=3), r"text_experts.num_experts % ep = 64 % 12 = 4, .*ep = tp \* dp = 12"),
     ],
 )

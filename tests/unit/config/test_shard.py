@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_cluster.config.parallel import WHOLE, ParallelDims, Shard, ep_rank_of, expert_places
+from ernie_cluster.config.experts import EMPTY, dealt
+from ernie_cluster.config.parallel import WHOLE, ParallelDims, Shard, ep_rank_of
 
 SIZES = st.integers(1, 12)
 
@@ -50,12 +51,17 @@ def test_every_expert_is_on_exactly_one_rank(tp: int, dp: int, num_experts: int)
 
 
 @settings(max_examples=50)
-@given(SIZES, SIZES, st.integers(1, 64), st.integers(1, 2))
-def test_places_are_where_the_ranks_hold_them(tp: int, dp: int, num_experts: int, num_pools: int) -> None:
-    places = expert_places(num_experts, num_pools, ParallelDims(tp, dp))
-    for rank, shard in enumerate(shards(tp, dp)):
-        held = [pool * num_experts + e for pool in range(num_pools) for e in shard.experts(num_experts)]
-        assert [places[e] for e in held] == [(rank, i) for i in range(len(held))]
+@given(SIZES, SIZES, st.integers(1, 6), st.integers(1, 2), st.integers(0, 3))
+def test_experts_are_dealt_where_the_ranks_hold_them(tp: int, dp: int, each: int, num_pools: int, spare: int) -> None:
+    dims = ParallelDims(tp, dp, spare)
+    num_experts = each * dims.world
+    table = dealt(num_experts, num_pools, dims)
+    for rank in range(dims.world):
+        shard = Shard(dims, rank)
+        held = list(shard.experts(num_experts)) + [None] * spare
+        assert len(held) == shard.slots(num_experts)
+        wanted = [EMPTY if e is None else p * num_experts + e for p in range(num_pools) for e in held]
+        assert list(table[rank]) == wanted
 
 
 @settings(max_examples=50)

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import numpy as np
 import torch
 
-from ernie_cluster.engine.handover import EMBED_PIECE
+from ernie_cluster.engine.slices import EMBED_PIECE
 from ernie_cluster.request import GenerationRequest
 from ernie_cluster.transport.base import Channel, PieceHeader
 from tests.tiny import encode

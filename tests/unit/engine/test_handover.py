@@ -108,6 +108,14 @@ def test_three_workers_give_what_one_gives(
         assert path.decode.snapshot().kv_bytes_received == path.prefill.snapshot().kv_bytes_sent > 0
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_kv_in_8_bits_travels_with_its_scales(expected: dict[str, list[int]], kv_dtype: str) -> None:
+    one = answers(*make_worker(max_batch_tokens=1024, kv_dtype=kv_dtype), requests())
+    assert one != expected
+    with Path(prefill={"kv_dtype": kv_dtype, "piece_bytes": 2048}, decode={"kv_dtype": kv_dtype}) as path:
+        assert path.run(requests()) == one
+
+
 def renamed(some: list[GenerationRequest], prefix: str) -> list[GenerationRequest]:
     return [dataclasses.replace(r, request_id=prefix + r.request_id) for r in some]
 

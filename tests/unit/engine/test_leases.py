@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -168,3 +170,19 @@ def test_a_prompt_larger_than_the_cache_is_the_clients_fault_not_a_matter_of_wai
 
 def test_the_reserve_never_asks_for_more_than_there_is() -> None:
     assert len(make_table().grant("a", 0, 30, [], 100, 0.0).blocks) == 8
+
+
+def test_blocks_that_other_ranks_write_into_are_free_when_those_have_forgotten_the_lease() -> None:
+    table, recalled = make_table(), list[Lease]()
+    table.recall = recalled.append
+    lease = table.grant("a", 0, 5, [], 0, 0.0)
+    lease.told = Future()
+    assert table.end("a")
+    assert not table.end("a")
+    assert recalled == [lease]
+    assert len(table) == 0
+    assert table.blocks() == lease.blocks
+    assert table.pool.num_used == 2
+    table.give_back(lease)
+    assert table.blocks() == []
+    assert table.pool.num_used == 0

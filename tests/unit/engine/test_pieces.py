@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ernie_cluster.engine.handover import EMBED_PIECE, KV_PIECE
 from ernie_cluster.engine.sequence import Status
+from ernie_cluster.engine.slices import EMBED_PIECE, KV_PIECE
 from ernie_cluster.errors import ReplicaLost, TransferFailed
 from ernie_cluster.transport.base import Message, PieceHeader
 from tests.tiny import make_image, make_request

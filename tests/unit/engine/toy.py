@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ernie_cluster.engine.crew import Crew
 from ernie_cluster.engine.engine import Outcome
-from ernie_cluster.engine.handover import EMBED_PIECE
 from ernie_cluster.engine.sampler import Sampled, SamplerRow
+from ernie_cluster.engine.slices import EMBED_PIECE
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.errors import ErnieClusterError, ReplicaLost, TransferFailed
 from ernie_cluster.model.decoder import no_hook
@@ -45,8 +45,8 @@ class ToyRunner:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.kv = KVCache(torch.zeros(NUM_LAYERS, 2, num_blocks, block_size, 1, 1, dtype=torch.int64))
-        self.device = torch.device("cpu")
-        self.crew = Crew()
+        self.device, self.dtype = torch.device("cpu"), torch.int64
+        self.crew, self.buckets = Crew(), None
 
     def run(self, step: StepInput, rows: Sequence[SamplerRow], layer_done: Callable[[int], None] = no_hook) -> Sampled:
         assert len(set(step.slots_T.tolist())) == step.num_tokens, "two tokens in one slot"

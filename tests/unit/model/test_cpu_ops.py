@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from ernie_cluster.config.quantization import METHODS
+from ernie_cluster.model.kv_pages import PAGES
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
-from ernie_cluster.model.step import StepInput
+from ernie_cluster.model.packing import make_step
+from ernie_cluster.model.quant import codec_of
+from tests.quantised import quantised
 
 cpu_ops = pytest.importorskip("ernie_cluster.model.cpu_ops")
 PLAIN = TorchOps()
@@ -84,19 +89,16 @@ def test_rope_and_attention(compiled: TorchOps, lens: list[int]) -> None:
     slots = torch.tensor([int(tables[b, (n - 1) // block]) * block + (n - 1) % block for b, n in enumerate(lens)])
     angle = torch.rand(batch, dim // 2)
     qkv = random(batch, (heads + 2 * kv_heads) * dim)
-    step = StepInput(
-        token_ids_T=torch.zeros(batch, dtype=torch.long),
-        positions_3T=torch.zeros(3, batch, dtype=torch.long),
-        slots_T=slots,
-        is_vision_T=torch.zeros(batch, dtype=torch.bool),
-        block_tables_BM=tables,
-        seq_lens_B=torch.tensor(lens, dtype=torch.int32),
-        query_lens=(1,) * batch,
-        context_lens=tuple(lens),
+    step = make_step(
+        token_ids=[0] * batch,
+        positions=0,
+        slots=slots,
+        block_tables=tables.numpy(),
+        query_lens=[1] * batch,
+        context_lens=lens,
         num_decode=batch,
-        logits_rows=torch.arange(batch),
-        media_rows=torch.empty(0, dtype=torch.long),
-        media_embeds=None,
+        logits_rows=range(batch),
+        device=torch.device("cpu"),
     )
     results = []
     for ops in (compiled, PLAIN):
@@ -114,3 +116,43 @@ def test_pictures_fall_back_to_torch(compiled: TorchOps) -> None:
     pools = [ExpertWeights(random(2, 16, 32, seed=i), random(2, 32, 8, seed=i)) for i in range(2)]
     x, ids, weights = random(2, 32), torch.tensor([[0], [3]]), torch.ones(2, 1)
     assert torch.equal(compiled.experts(x, pools, ids, weights), PLAIN.experts(x, pools, ids, weights))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("num_tokens", [1, 6, 20])
+def test_products_of_codes(bits: int, num_tokens: int) -> None:
+    ops = cpu_ops.NumbaCodeOps()
+    codec = codec_of(METHODS["wint4"], bits)
+    x, ids = random(num_tokens, 64), torch.arange(2 * num_tokens).view(-1, 2) % 3
+    gate_up, down = quantised(random(3, 48, 64, seed=1) / 8, codec), quantised(random(3, 64, 24, seed=2) / 5, codec)
+    one, two = quantised(random(48, 64, seed=3) / 8, codec), quantised(random(64, 24, seed=4) / 5, codec)
+    assert_close(ops.linear(x, one), PLAIN.linear(x, one), x.double() @ one[...].double().T)
+    assert_close(ops.linear(x, one[...]), PLAIN.linear(x, one), x.double() @ one[...].double().T)
+    near = {"atol": 2**-5, "rtol": 2**-6}  # both round what is between the products
+    torch.testing.assert_close(ops.gated_mlp(x, one, two), PLAIN.gated_mlp(x, one, two), **near)
+    shares, pool = torch.full((num_tokens, 2), 0.5), [ExpertWeights(gate_up, down)]
+    got, expected = ops.experts(x, pool, ids, shares), PLAIN.experts(x, pool, ids, shares)
+    torch.testing.assert_close(got, expected, **near)
+
+
+def test_pages_in_8_bits_are_left_to_torch() -> None:
+    ops, plain = cpu_ops.NumbaOps(PAGES["int8"]), TorchOps(PAGES["int8"])
+    both = []
+    for each in (ops, plain):
+        pages = (torch.zeros(3, 4, 2, 18, dtype=torch.uint8), torch.zeros(3, 4, 2, 18, dtype=torch.uint8))
+        angles = torch.linspace(0, 1, 2 * 8).view(2, 8)
+        q = each.rotate_and_store(random(2, 8 * 16), angles.cos(), angles.sin(), torch.tensor([4, 9]), pages, 4)
+        step = make_step(
+            token_ids=[0, 0],
+            positions=0,
+            slots=[4, 9],
+            block_tables=np.array([[1], [2]], np.int32),
+            query_lens=[1, 1],
+            context_lens=[1, 2],
+            num_decode=2,
+            logits_rows=[],
+            device=torch.device("cpu"),
+        )
+        both.append((q, *pages, each.decode_attention(q, pages, step)))
+    for got, expected in zip(*both, strict=True):
+        assert torch.equal(got, expected)

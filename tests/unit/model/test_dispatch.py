@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ernie_cluster.config.experts import EMPTY
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.model.cuda_ops import CudaOps
 from ernie_cluster.model.dispatch import ExpertMap, LocalDispatcher, choose_dispatcher
 from ernie_cluster.model.group import Place
-from ernie_cluster.model.grouped_ops import GroupedOps
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from tests.groups import together
 
@@ -24,8 +25,13 @@ def weights(generator: torch.Generator, num: int, width: int) -> ExpertWeights:
     return ExpertWeights(gate_up, torch.randn(num, HIDDEN, width, generator=generator))
 
 
-def part(pool: ExpertWeights, which: list[int]) -> ExpertWeights:
-    return ExpertWeights(pool.gate_up_EWD[which], pool.down_EDW[which])
+def part(pool: ExpertWeights, which: list[int], size: int) -> ExpertWeights:
+    """These, and in the slots behind them what must never come into an answer."""
+    empty = torch.full((size - len(which), 1, 1), torch.nan)
+    gate_up, down = (
+        torch.cat([t[which], empty.expand(-1, *t.shape[1:])]) for t in (pool.gate_up_EWD, pool.down_EDW)
+    )  # fmt: skip
+    return ExpertWeights(gate_up, down)
 
 
 @given(layouts, st.integers(1, 4), st.integers(1, 3), st.integers(0, 9), st.booleans(), st.integers(0, 10**6))
@@ -43,14 +49,10 @@ def test_any_placement_gives_what_one_rank_gives(
     owner = randint(dims.world, 2, num_experts).tolist()
     second = [[(rank + is_doubled) % dims.world for rank in row] for row in owner]
     held = [[[e for e in range(num_experts) if r in (owner[p][e], second[p][e])] for p in (0, 1)] for r in range(dims.world)]  # fmt: skip
-    ranks = torch.tensor([owner, second]).view(2, -1).T
-    first_of = [(0, len(held[r][0])) for r in range(dims.world)]
-    local = torch.tensor(
-        [
-            [first_of[r][p] + held[r][p].index(e) for r in (owner[p][e], second[p][e])]
-            for p in (0, 1)
-            for e in range(num_experts)
-        ]
+    sizes = [max(len(row[p]) for row in held) for p in (0, 1)]
+    table = tuple(
+        tuple(slot for p in (0, 1) for slot in ([p * num_experts + e for e in row[p]] + [EMPTY] * sizes[p])[: sizes[p]])
+        for row in held
     )
     groups = []
     for _ in range(dims.dp):
@@ -59,8 +61,8 @@ def test_any_placement_gives_what_one_rank_gives(
         groups.append((x, randint(2 * num_experts, num, top_k), torch.rand(num, top_k, generator=generator)))
 
     def work(place: Place) -> Tensor:
-        mine = [part(pool, held[place.shard.rank][p]) for p, pool in enumerate(pools)]
-        dispatch = choose_dispatcher(place, ExpertMap(ranks, local))
+        mine = [part(pool, held[place.shard.rank][p], sizes[p]) for p, pool in enumerate(pools)]
+        dispatch = choose_dispatcher(place, ExpertMap.of(table, 2 * num_experts))
         x, ids, shares = groups[dims.coordinates(place.shard.rank).dp_rank]
         return place.tp.add(dispatch(TorchOps(), x, mine, ids, shares))
 
@@ -78,5 +80,5 @@ def test_the_expert_behind_the_last_adds_nothing(num_tokens: int, seed: int) -> 
     ids = torch.randint(7, (num_tokens, 2), generator=generator)
     kept = shares.masked_fill(ids == 6, 0.0)
     wanted = TorchOps().experts(x, pools, ids.clamp(max=5), kept)
-    for ops in (TorchOps(), GroupedOps()):
+    for ops in (TorchOps(), CudaOps(TorchOps().attention)):  # type: ignore[arg-type]
         torch.testing.assert_close(ops.experts(x, pools, ids, shares), wanted, rtol=1e-4, atol=1e-5)

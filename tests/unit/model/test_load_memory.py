@@ -35,7 +35,7 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 before, read = status("VmRSS"), []
 runner = Runner.load(
     sys.argv[1], config, "mixed", dtype="float32", device=torch.device("cpu"), num_blocks=2, block_size=1,
-    place=Place(Shard(ParallelDims(tp=4), 3)), progress=lambda done, total: read.append(total),
+    quantization=sys.argv[2], place=Place(Shard(ParallelDims(tp=4), 3)), progress=lambda done, total: read.append(total),
 )
 own = sum(p.nbytes for p in runner.decoder.parameters())
 print(json.dumps({"own": own, "read": read[-1], "more": status("VmHWM") - before - own}))
@@ -45,13 +45,26 @@ print(json.dumps({"own": own, "read": read[-1], "more": status("VmHWM") - before
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
 def test_a_rank_holds_its_parameters_and_a_few_pieces(tmp_path: Path) -> None:
     """300 MB of bfloat16 on disk, a quarter of it read, and converted: the longest way that a byte can take."""
-    total = synthetic.write_checkpoint(tmp_path, RAW, max_file_bytes=60_000_000, is_hollow=True)
-    assert total > 300e6
-    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    total, seen = load(tmp_path, "none")
     assert seen["read"] * 2 == seen["own"]
     assert seen["read"] < total * 0.26
     assert seen["more"] <= NUM_THREADS * PIECE_BYTES + 24e6, (
         "beside the parameters: a buffer per thread, and what Python takes"
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
+def test_quantising_takes_no_more(tmp_path: Path) -> None:
+    """Of matrices that are split by columns, whole rows are read."""
+    total, seen = load(tmp_path, "wint8")
+    assert total * 0.25 < seen["read"] < total * 0.6
+    assert seen["more"] <= NUM_THREADS * PIECE_BYTES + 48e6
+
+
+def load(folder: Path, quantization: str) -> tuple[int, dict[str, int]]:
+    """Bytes of the checkpoint, and what a process said that has loaded a quarter of it."""
+    total = synthetic.write_checkpoint(folder, RAW, max_file_bytes=60_000_000, is_hollow=True)
+    assert total > 300e6
+    done = subprocess.run([sys.executable, "-c", CHILD, str(folder), quantization], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return total, json.loads(done.stdout)

@@ -42,7 +42,7 @@ def fits(*args: object, **more: object) -> bool:
 # Kinds stand for their memory: A30 -> rtx4090-24g, L20 -> l40s-48g, H800 -> h100-80g, H20 -> h200-141g.
 OFFICIAL = [
     # one deviation: the same pages run it on one RTX 4090 with 32K of context, as we say
-    ("28b", "rtx4090-24g", "wint4", 2, 1), ("28b", "rtx4090-24g", "wint8", 2, 2), ("28b", "rtx4090-24g", "bfloat16", 4, 4),
+    ("28b", "rtx4090-24g", "wint4", 2, 2), ("28b", "rtx4090-24g", "wint8", 2, 2), ("28b", "rtx4090-24g", "bfloat16", 4, 4),
     ("28b", "l40s-48g", "wint4", 1, 1), ("28b", "l40s-48g", "wint8", 1, 1), ("28b", "l40s-48g", "bfloat16", 2, 2),
     ("28b", "h100-80g", "wint4", 1, 1), ("28b", "h100-80g", "wint8", 1, 1), ("28b", "h100-80g", "bfloat16", 1, 1),
     ("28b", "h200-141g", "wint4", 1, 1), ("28b", "h200-141g", "wint8", 1, 1), ("28b", "h200-141g", "bfloat16", 1, 1),

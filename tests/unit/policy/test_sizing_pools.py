@@ -109,7 +109,7 @@ def test_kv_tokens_are_whole_blocks_without_the_first_and_per_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv", "num_bytes"), [("bfloat16", 221_184), ("fp8", 110_592), ("int8", 110_592), ("float32", 442_368)]
+    ("kv", "num_bytes"), [("bfloat16", 221_184), ("fp8", 112_320), ("int8", 112_320), ("float32", 442_368)]
 )
 def test_bytes_of_kv_per_token(kv: str, num_bytes: int) -> None:
     model = PUBLISHED["424b"]

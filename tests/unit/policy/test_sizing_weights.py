@@ -107,6 +107,19 @@ def test_all_ranks_add_up_to_the_whole_and_its_copies(
             assert scales == whole_scales
 
 
+def test_a_redundant_slot_costs_an_expert_of_each_modality_in_each_layer() -> None:
+    model = PUBLISHED["28b"]
+    assert model.text.text_experts is not None
+    assert model.text.vision_experts is not None
+    widths = model.text.text_experts.intermediate_size + model.text.vision_experts.intermediate_size
+    plain, with_slots = (
+        sum(m.num_bytes(FORMATS["bfloat16"]) for m in rank_matrices(model, "mixed", ParallelDims(2, 2, spare), 3))
+        for spare in (0, 2)
+    )
+    one_of_each = 3 * widths * model.text.hidden_size * len(model.text.sparse_layers) * 2
+    assert with_slots - plain == 2 * one_of_each
+
+
 def test_what_does_not_divide_by_tp_still_adds_up() -> None:
     model = PUBLISHED["0.3b"]  # 103,424 words over 3 ranks: 34,474 + 34,475 + 34,475
     rows = [rank_matrices(model, "mixed", ParallelDims(3), r)[0].rows for r in range(3)]

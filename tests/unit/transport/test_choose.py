@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 
 import pytest
 
@@ -99,3 +101,24 @@ def test_the_secret_address_is_not_printed() -> None:
     told = repr(Endpoint(HERE, SHM, "decode-0", FIRST))
     assert SHM not in told
     assert "gpu:h" not in told
+
+
+@pytest.mark.parametrize("gpu", [None, FIRST, NO_CUPY])
+@pytest.mark.parametrize("shm_address", [None, SHM])
+def test_an_endpoint_survives_a_message(gpu: GpuEndpoint | None, shm_address: str | None) -> None:
+    endpoint = Endpoint(HERE, shm_address, "prefill-0", gpu)
+    assert Endpoint.from_json(json.loads(json.dumps(endpoint.to_json()))) == endpoint
+
+
+def test_a_gang_s_ranks_are_its_leader_and_the_others() -> None:
+    leader, other = (Endpoint(HERE, SHM, f"decode-{n}", gpu) for n, gpu in enumerate((FIRST, SECOND)))
+    assert leader.ranks == (leader,)
+    assert dataclasses.replace(leader, others=(other,)).ranks == (leader, other)
+
+
+def test_orders_need_no_gpu() -> None:
+    leader, other = (Endpoint(HERE, SHM, f"decode-{n}", gpu) for n, gpu in enumerate((FIRST, SECOND)))
+    choice = choices(leader, other.without_gpu("orders need none"))[0]
+    assert choice.kind == "shared_memory"
+    assert "decode-1 cannot reach other GPUs: orders need none" in choice.reason
+    assert Endpoint(HERE, SHM, "decode-0").without_gpu("it has none").gpu is None

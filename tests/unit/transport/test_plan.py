@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ernie_cluster.config.kv_layout import KVLayout, kv_heads_of_rank
 from ernie_cluster.config.model import ModelConfig
-from ernie_cluster.engine.handover import gather_blocks, scatter_blocks
+from ernie_cluster.engine.slices import gather_blocks, scatter_blocks
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.transport.plan import PiecePlan, copy_plan, layer_groups, plan_pieces, plan_rank_pieces
 
