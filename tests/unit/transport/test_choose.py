@@ -106,7 +106,7 @@ def test_the_secret_address_is_not_printed() -> None:
 @pytest.mark.parametrize("gpu", [None, FIRST, NO_CUPY])
 @pytest.mark.parametrize("shm_address", [None, SHM])
 def test_an_endpoint_survives_a_message(gpu: GpuEndpoint | None, shm_address: str | None) -> None:
-    endpoint = Endpoint(HERE, shm_address, "prefill-0", gpu)
+    endpoint = Endpoint(HERE, shm_address, "prefill-0", gpu, has_nixl=shm_address is None)
     assert Endpoint.from_json(json.loads(json.dumps(endpoint.to_json()))) == endpoint
 
 
