@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from concurrent.futures import Future
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from ernie_cluster.actors.links import translate
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.config.cluster import TransportConfig
-from ernie_cluster.errors import ReplicaError, ReplicaLost
+from ernie_cluster.errors import ConfigError, ReplicaError, ReplicaLost
 from ernie_cluster.transport.base import Channel, Message, Pack, PieceHeader, Sink
 from ernie_cluster.transport.choose import Choice, Endpoint, Wish, choices
 from ernie_cluster.transport.object_store import ObjectStoreChannel, ObjectStoreReceiver
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from ernie_cluster.actors.gpu_ways import GpuWays
+    from ernie_cluster.actors.nixl_way import NixlWay
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +37,18 @@ class Receivers:
 
     Args:
         gpu: closed with the others.
+        nixl: likewise.
     """
 
-    def __init__(self, sink: Sink, actor_name: str, config: TransportConfig, gpu: GpuWays | None = None) -> None:
-        self._gpu = gpu
+    def __init__(
+        self,
+        sink: Sink,
+        actor_name: str,
+        config: TransportConfig,
+        gpu: GpuWays | None = None,
+        nixl: NixlWay | None = None,
+    ) -> None:
+        self._gpu, self.nixl = gpu, nixl
         self.object_store = ObjectStoreReceiver(sink, actor_name)
         self._shared: SharedMemoryReceiver | None = None
         if config.kind != "object_store":
@@ -47,7 +57,7 @@ class Receivers:
             except OSError as e:  # not Linux, or no memory for it
                 log.warning("no shared memory here (%s); KV goes through the object store", e)
         address = self._shared.address if self._shared else None
-        self.endpoint = Endpoint(host_id(), address, actor_name, gpu.endpoint if gpu else None)
+        self.endpoint = Endpoint(host_id(), address, actor_name, gpu.endpoint if gpu else None, nixl is not None)
 
     def close(self) -> None:
         if self._gpu is not None:
@@ -55,6 +65,8 @@ class Receivers:
         if self._shared is not None:
             self._shared.close()
         self.object_store.close()
+        if self.nixl is not None:
+            self.nixl.close()
 
 
 class _Watched:
@@ -90,10 +102,13 @@ class Channels:
         me: this replica.
         wish: of the configuration.
         gpu: this replica's, if it has one.
+        nixl: likewise.
     """
 
-    def __init__(self, me: Endpoint, wish: Wish = "auto", gpu: GpuWays | None = None) -> None:
-        self._me, self._wish, self._gpu = me, wish, gpu
+    def __init__(
+        self, me: Endpoint, wish: Wish = "auto", gpu: GpuWays | None = None, nixl: NixlWay | None = None
+    ) -> None:
+        self._me, self._wish, self._gpu, self._nixl = me, wish, gpu, nixl
         self._open: dict[Endpoint, _Watched] = {}
         self._making: dict[Endpoint, threading.Lock] = {}
         self._is_closed = False
@@ -138,12 +153,12 @@ class Channels:
             channel.close()
 
     def _make_best(self, peer: Endpoint) -> Channel:
-        """The first choice that can be opened; what is wrong between two GPUs need not keep bytes from the host's ways."""
+        """The first choice that can be opened; what is wrong with a special way need not keep bytes from the plain ones."""
         for choice in choices(self._me, peer, self._wish):
             try:
                 channel = self._make(choice, peer)
             except ReplicaError as e:
-                if choice.kind not in ("ipc", "nccl"):
+                if choice.kind not in ("ipc", "nccl", "nixl"):
                     raise
                 log.warning("no channel to %s by %s: %s", peer.actor_name, choice.kind, e)
             else:
@@ -168,11 +183,16 @@ class Channels:
         def deliver(message: Message, refs: list[Any]) -> Future[Message]:
             return _translated(actor.deliver.remote(message, refs).future(), peer.actor_name)
 
+        if choice.kind == "nixl":
+            assert self._nixl is not None
+            return self._nixl.open(deliver, self._me.actor_name)
         return ObjectStoreChannel(ray.put, deliver, self._me.actor_name)
 
 
 async def receive(receivers: Receivers, message: Message, refs: list[Any]) -> Message:
     """Body of an actor's `deliver` method: fetch the payload, if any, and hand both to the receiver."""
+    if receivers.nixl is not None and "span" in message:
+        return await receivers.nixl.receive(receivers.object_store, message, refs[0])
     payload: NDArray[np.uint8] | None = await refs[0] if refs else None
     answer = await asyncio.to_thread(receivers.object_store.receive, message, payload)
     return await asyncio.wrap_future(answer)
@@ -200,3 +220,22 @@ def open_gpu(sink: Sink, device: torch.device, config: TransportConfig) -> GpuWa
     from ernie_cluster.actors.gpu_ways import GpuWays  # torch, which the conductor need not import
 
     return GpuWays(sink, device, ray.util.get_node_ip_address(), config)
+
+
+def check_nixl(config: TransportConfig) -> None:
+    """Loads nothing; raises ConfigError where NIXL is wished for and not installed on this machine."""
+    if config.kind == "nixl" and find_spec("nixl") is None:
+        raise ConfigError(
+            "transport.kind = nixl, and nixl is not installed here: pip install 'ernie-cluster[nixl]' on every node, or "
+            "set transport.kind to auto"
+        )
+
+
+def open_nixl(config: TransportConfig) -> NixlWay | None:
+    """The way by NIXL of a rank, where it is wished for; raises ConfigError where it cannot be."""
+    if config.kind != "nixl":
+        return None
+    check_nixl(config)
+    from ernie_cluster.actors.nixl_way import NixlWay  # torch, which the conductor need not import
+
+    return NixlWay(config)

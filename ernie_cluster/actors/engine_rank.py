@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from ernie_cluster.actors import process
-from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, receive
+from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, open_nixl, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import Batch, Load, Meeting, Outcome, RankArgs, Ready
@@ -41,6 +41,7 @@ class EngineRank:
 
     def __init__(self, args: RankArgs) -> None:
         process.share_interpreter()
+        process.log_lines()
         self._args = args
         self._hub: EventHub | None = None
         self._upkeep: asyncio.Task[None] | None = None
@@ -59,13 +60,14 @@ class EngineRank:
         start = time.perf_counter()
         from ernie_cluster.actors.load_worker import join_gang, load_worker
 
-        args, place = self._args, join_gang(self._args, self._store or meeting)
+        args, transport = self._args, self._args.config.transport
+        nixl = open_nixl(transport)  # before anything is loaded, for it may not be there
+        place = join_gang(args, self._store or meeting)
         self._worker = load_worker(args, place, self._publish)
-        transport = args.config.transport
         gpu = open_gpu(self._worker.inbox, self._worker.engine.runner.device, transport)
-        self._receivers = Receivers(self._worker.inbox, args.actor_name, transport, gpu)
+        self._receivers = Receivers(self._worker.inbox, args.actor_name, transport, gpu, nixl)
         self._endpoint = self._receivers.endpoint
-        self._channels = Channels(self._endpoint, transport.kind, gpu)
+        self._channels = Channels(self._endpoint, transport.kind, gpu, nixl)
         self._orders = Channels(self._endpoint, transport.kind)
         teller = Teller(self._now, self._worker.cached, args.config.router)
         calls = (self.open_prefill, self.open_decode, self.abort, self.poll, teller.tell)

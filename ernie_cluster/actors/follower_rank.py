@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from ernie_cluster.actors import process
-from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, receive
+from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, open_nixl, receive
 from ernie_cluster.actors.messages import Meeting, RankArgs
 from ernie_cluster.errors import EngineFailed, GangBroken
 from ernie_cluster.transport.base import Channel, Message
@@ -25,6 +25,7 @@ class FollowerRank:
 
     def __init__(self, args: RankArgs) -> None:
         process.share_interpreter()
+        process.log_lines()
         self._args = args
         self._failure: EngineFailed | None = None
         self._receivers: Receivers | None = None
@@ -45,8 +46,9 @@ class FollowerRank:
         if follower is not None:
             transport = args.config.transport
             gpu = open_gpu(follower, runner.device, transport)
-            self._receivers = Receivers(follower, args.actor_name, transport, gpu)
-            self._channels = Channels(self._receivers.endpoint, transport.kind, gpu)
+            nixl = open_nixl(transport)
+            self._receivers = Receivers(follower, args.actor_name, transport, gpu, nixl)
+            self._channels = Channels(self._receivers.endpoint, transport.kind, gpu, nixl)
 
         def follow() -> None:
             try:

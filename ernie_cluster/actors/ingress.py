@@ -37,7 +37,6 @@ from ernie_cluster.inputs.image_index import ImageIndex, Maker
 from ernie_cluster.inputs.images import ImageLimits
 from ernie_cluster.inputs.media_cache import MediaCache, cached
 from ernie_cluster.inputs.messages import MapMedia, PromptLimits
-from ernie_cluster.observe.log import setup_logging
 from ernie_cluster.observe.metrics import Metrics, PrometheusMetrics
 
 
@@ -46,7 +45,7 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
 
     def build() -> FastAPI:
         process.share_interpreter()
-        setup_logging(os.environ.get("ERNIE_LOG_LEVEL", "INFO"))
+        process.log_lines()
         map_media = media_mapper(config)
         processors = {m.name: make_processor(config, m.name, map_media) for m in config.models}
         metrics = PrometheusMetrics()

@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
 from ernie_cluster.actors.app import APP_NAME, build_app
+from ernie_cluster.actors.channels import check_nixl
 from ernie_cluster.actors.environment import local_cluster
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.actors.router import find_router, router_name
@@ -80,7 +81,7 @@ def start_ray(config: ClusterConfig, address: str | None, report: Report) -> Non
     """Join the cluster at `address`, or start one on this machine when it is None.
 
     Raises:
-        ConfigError: no cluster there; or Ray could not start here, twice.
+        ConfigError: no cluster there; or Ray could not start here, twice; or what is wished for is not installed here.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it would report every call of ours on the terminal
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
@@ -96,6 +97,7 @@ def start_ray(config: ClusterConfig, address: str | None, report: Report) -> Non
     cores = os.cpu_count() or 1
     if wanted > cores:
         report(f"the pools ask for {wanted} cores, this machine has {cores}: they will share")
+    check_nixl(config.transport)
     report("starting Ray on this machine")
     for attempt in (1, 2):
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ernie_cluster.config.cluster import Device
 from ernie_cluster.errors import ConfigError
+from ernie_cluster.observe.log import ENV_LEVEL, setup_logging
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,11 @@ def share_interpreter() -> None:
     An event loop that waits for the engine's thread, or Serve's loops for ours, would else lose 5 ms per hop.
     """
     sys.setswitchinterval(_SWITCH_S)
+
+
+def log_lines() -> None:
+    """What is logged here goes to standard error, which Ray keeps; the level is that of ERNIE_LOG_LEVEL."""
+    setup_logging(os.environ.get(ENV_LEVEL, "INFO"))
 
 
 def set_threads(count: int) -> None:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import uuid
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from ernie_cluster.actors import background
+from ernie_cluster.actors import background, process
 from ernie_cluster.actors.gang import Gang
 from ernie_cluster.actors.messages import ReplicaInfo
 from ernie_cluster.actors.router import find_router
 from ernie_cluster.config.cluster import ClusterConfig, Role
 from ernie_cluster.errors import ErnieClusterError, ReplicaLost
-from ernie_cluster.observe.log import setup_logging
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class PoolReplica:
     """
 
     def __init__(self, app: str, config: ClusterConfig, model: str, role: Role) -> None:
-        setup_logging(os.environ.get("ERNIE_LOG_LEVEL", "INFO"))
+        process.log_lines()
         self._router_args = (app, config)
         self._router = find_router(app, config)
         incarnation = uuid.uuid4().hex[:8]

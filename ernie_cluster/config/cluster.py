@@ -286,9 +286,10 @@ class ModelDeployment:
 class TransportConfig:
     """How KV and embeddings travel between replicas."""
 
-    kind: Literal["auto", "local", "ipc", "nccl", "shared_memory", "object_store"] = "auto"
+    kind: Literal["auto", "local", "ipc", "nccl", "shared_memory", "nixl", "object_store"] = "auto"
     """auto: between GPUs CUDA IPC inside a node and NCCL between nodes, where cupy is installed; else shared memory
-    inside a node, and the object store, which always works. A named one is used where it can be. local: one process."""
+    inside a node, and the object store, which always works. A named one is used where it can be. local: one process.
+    nixl: the receiver reads from the sender's host memory; never chosen by auto, and to be installed on every node."""
     piece_bytes: int = 4 * MIB
     """Largest piece that is sent and checksummed at once, at least 1."""
     staging_bytes: int = 64 * MIB

@@ -30,6 +30,8 @@ from ernie_cluster.transport.outbox import Call, Outbox, Push, pack_failed
 
 MAX_IN_FLIGHT_BYTES = 256 << 20
 """Per channel; the store must hold this much for every pair of replicas, beyond it Ray spills to disk."""
+MAX_IN_FLIGHT_PIECES = 4096
+"""Per channel; far above what the bytes leave room for, unless pieces are tiny."""
 
 Put = Callable[[Payload], Any]
 Deliver = Callable[[Message, list[Any]], "Future[Message]"]
@@ -44,7 +46,9 @@ class ObjectStoreChannel:
             the future fails with ReplicaLost when the receiver is dead. Called on the channel's thread. References
             are dropped when it is done.
         peer: what the receiver's sink knows this sender by.
-        max_in_flight_bytes: stored and not yet acknowledged; a piece may be half of it.
+        max_in_flight_bytes: stored and not yet acknowledged.
+        max_in_flight_pieces: likewise.
+        max_piece_bytes: half of `max_in_flight_bytes` if None.
         stall_timeout_s: a receiver that leaves a piece unacknowledged for this long is lost.
     """
 
@@ -55,23 +59,25 @@ class ObjectStoreChannel:
         peer: str,
         *,
         max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
+        max_in_flight_pieces: int = MAX_IN_FLIGHT_PIECES,
+        max_piece_bytes: int | None = None,
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self._put = put
         self._deliver = deliver
         self._peer = peer
-        self._max_in_flight_bytes = max_in_flight_bytes
+        self._max_in_flight_bytes, self._max_in_flight_pieces = max_in_flight_bytes, max_in_flight_pieces
         self._wake = threading.Event()
         self._lost: str | None = None  # set once, from any thread; ends the channel
         self._in_flight: dict[int, int] = {}  # piece -> bytes
         self._scratch = np.empty(0, np.uint8)  # the largest piece so far, so that packing touches warm pages
-        self._outbox = Outbox(self._wake.set, max_in_flight_bytes // 2, stall_timeout_s)
+        self._outbox = Outbox(self._wake.set, max_piece_bytes or max_in_flight_bytes // 2, stall_timeout_s)
         self._thread = threading.Thread(target=self._run, name=f"objects-from-{peer}", daemon=True)
         self._thread.start()
 
     @property
     def max_piece_bytes(self) -> int:
-        """Half of what may be in flight."""
+        """See the argument."""
         return self._outbox.max_piece_bytes
 
     def push(self, header: PieceHeader, pack: Pack) -> Future[None]:
@@ -120,6 +126,8 @@ class ObjectStoreChannel:
     def _is_turn_of(self, job: Push | Call) -> bool:
         if isinstance(job, Call):  # deliveries may overtake each other, calls must not overtake pieces
             return not self._in_flight
+        if len(self._in_flight) >= self._max_in_flight_pieces:
+            return False
         return sum(self._in_flight.values()) + job.header.nbytes <= self._max_in_flight_bytes
 
     def _send_piece(self, job: Push) -> None:

@@ -83,11 +83,17 @@ FOREIGN: dict[str, set[str]] = {
         "numpy",
         "httpx",
     },
-    "actors": {"ray", "torch", "starlette", "fastapi", "numpy"},
+    "actors": {"ray", "torch", "starlette", "fastapi", "numpy", "nixl"},
     "cli": {"httpx", "openai", "torch", "safetensors", "huggingface_hub", "tokenizers", "PIL", "numpy", "yaml"},
 }
 
-LAZY = {("inputs", "transformers"), ("cli", "actors"), ("cli", "huggingface_hub"), ("transport", "cupy")}
+LAZY = {
+    ("inputs", "transformers"),
+    ("cli", "actors"),
+    ("cli", "huggingface_hub"),
+    ("transport", "cupy"),
+    ("actors", "nixl"),
+}
 """(layer, import) that may stand in a function only, because it is slow or heavy."""
 
 ONLY_IN: dict[tuple[str, str], set[str]] = {
@@ -95,6 +101,7 @@ ONLY_IN: dict[tuple[str, str], set[str]] = {
     ("grammar", "llguidance"): {"compile.py"},
     ("inputs", "av"): {"container.py"},
     ("transport", "cupy"): {"gpu.py"},
+    ("actors", "nixl"): {"nixl_way.py"},
 }
 """(layer, import) that may stand in these files only."""
 

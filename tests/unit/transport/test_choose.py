@@ -63,7 +63,7 @@ def test_choices_with_gpus(
 
 
 EVERY_GPU = (None, FIRST, SECOND, NO_CUPY)
-EVERY_WISH: tuple[Wish, ...] = ("auto", "local", "ipc", "nccl", "shared_memory", "object_store")
+EVERY_WISH: tuple[Wish, ...] = ("auto", "local", "ipc", "nccl", "shared_memory", "nixl", "object_store")
 
 
 @pytest.mark.parametrize("wish", EVERY_WISH)
@@ -84,6 +84,19 @@ def test_a_wish_comes_first_where_it_can_and_the_object_store_last(wish: Wish) -
             assert host == HERE
 
 
+@pytest.mark.parametrize(("here", "there"), [*itertools.product((True, False), repeat=2)])
+def test_nixl_joins_two_that_have_it_where_it_is_wished_for_and_else_nobody(here: bool, there: bool) -> None:
+    sender, receiver = Endpoint(HERE, None, "a", has_nixl=here), Endpoint(THERE, None, "b", has_nixl=there)
+    wished = choices(sender, receiver, "nixl")
+    assert [choice.kind for choice in wished] == (["nixl"] if here and there else []) + ["object_store"]
+    told = "transport.kind = nixl asks for it" if here and there else f"not nixl: {'b' if here else 'a'} has no NIXL"
+    assert told in wished[0].reason
+    for wish in set(EVERY_WISH) - {"nixl"}:
+        (choice,) = choices(sender, receiver, wish)
+        assert choice.kind == "object_store"
+        assert wish == "object_store" or "not nixl: Ray calls its interface alpha" in choice.reason
+
+
 def test_the_secret_address_is_not_printed() -> None:
     told = repr(Endpoint(HERE, SHM, "decode-0", FIRST))
     assert SHM not in told
@@ -93,7 +106,7 @@ def test_the_secret_address_is_not_printed() -> None:
 @pytest.mark.parametrize("gpu", [None, FIRST, NO_CUPY])
 @pytest.mark.parametrize("shm_address", [None, SHM])
 def test_an_endpoint_survives_a_message(gpu: GpuEndpoint | None, shm_address: str | None) -> None:
-    endpoint = Endpoint(HERE, shm_address, "prefill-0", gpu)
+    endpoint = Endpoint(HERE, shm_address, "prefill-0", gpu, has_nixl=shm_address is None)
     assert Endpoint.from_json(json.loads(json.dumps(endpoint.to_json()))) == endpoint
 
 
