@@ -107,13 +107,12 @@ class Counting:
         return BYTE_LEVEL.encode(text, add_special_tokens=add_special_tokens)
 
 
-def test_a_short_word_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "MAX_NEW_WORDS", 3)
+def test_new_words_are_encoded_together_and_once() -> None:
     backend = Counting()
     encoder = WordEncoder(backend, pattern_of(BYTE_LEVEL))  # type: ignore[arg-type]
-    for _ in range(2):
-        assert encoder.encode("a few new words, a few") == ids_of(BYTE_LEVEL, "a few new words, a few")
-    assert backend.asked == ["a", " few", " new", " words, a few", " words,", " a"]
+    for text in ("a few new words, a few", "a few more words, few "):
+        assert encoder.encode(text) == ids_of(BYTE_LEVEL, text)
+    assert backend.asked == ["a", " few new words, a", " ", " more"]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
