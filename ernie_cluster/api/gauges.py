@@ -73,7 +73,7 @@ class ReplicaGauges:
         show("ernie_hottest_expert_share", {key: use.hottest_share for key, use in uses.items()})
         show("ernie_expert_moves", {key: use.num_moves for key, use in uses.items()})
         routed = {
-            (*key, modality): tokens
+            (modality, *key): tokens
             for key, use in uses.items()
             for modality, tokens in zip(("text", "vision"), use.routed_tokens, strict=False)
         }

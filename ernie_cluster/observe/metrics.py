@@ -94,7 +94,7 @@ METRICS: tuple[Metric, ...] = (
         "ernie_routed_tokens",
         "gauge",
         "Tokens that went to experts of each modality since the replica started.",
-        ("model", "replica", "role", "modality"),
+        ("modality", "model", "replica", "role"),
     ),
     Metric(
         "ernie_expert_moves",

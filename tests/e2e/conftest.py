@@ -74,15 +74,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageSearchConfig | None
     """A folder of pictures and its index, made by the command; None without the model that makes it."""
     if not is_packaged():
         return None
-    from ernie_cluster.cli.main import main
     from ernie_cluster.skills.catalog import draw
+    from tests.e2e.processes import Program
     from tests.e2e.test_skills import PHOTO_SEEDS
 
     folder = tmp_path_factory.mktemp("photos")
     for seed in PHOTO_SEEDS:
         draw("zoom", seed).pictures[0].image.save(folder / f"{seed}.png")
     index = tmp_path_factory.mktemp("index") / "photos.index"
-    assert main(["index", str(folder), "--out", str(index)]) == 0
+    program = Program(["index", str(folder), "--out", str(index)])
+    assert program.end(START_TIMEOUT_S)[0] == 0, program.text
     return ImageSearchConfig(str(index), str(folder), "ernie-pocket")
 
 

@@ -98,7 +98,7 @@ def test_training_and_serving_compute_the_same() -> None:
         echo = replace(sample, answer=text)
         tree = Planter(processor).plant([echo])
         with torch.no_grad():
-            logits, *_ = network(make_batch([tree], processor.config.token_ids.vision_pool))
+            logits = network(make_batch([tree], processor.config.token_ids.vision_pool)).logits
         expected = processor.tokenizer.encode(expected_text(echo), allow_special=True)
         foreseen = logits.argmax(-1)[: len(expected)].tolist()
         assert foreseen == expected, (text, processor.tokenizer.decode(foreseen))
