@@ -63,8 +63,8 @@ async def test_the_use_of_experts_is_shown_where_there_are_some() -> None:
         'ernie_expert_imbalance{model="e",replica="e/mixed/1",role="mixed"}': 1.5,
         'ernie_hottest_expert_share{model="e",replica="e/mixed/1",role="mixed"}': 0.25,
         'ernie_expert_moves{model="e",replica="e/mixed/1",role="mixed"}': 2,
-        'ernie_routed_tokens{model="e",replica="e/mixed/1",role="mixed",modality="text"}': 70,
-        'ernie_routed_tokens{model="e",replica="e/mixed/1",role="mixed",modality="vision"}': 30,
+        'ernie_routed_tokens{modality="text",model="e",replica="e/mixed/1",role="mixed"}': 70,
+        'ernie_routed_tokens{modality="vision",model="e",replica="e/mixed/1",role="mixed"}': 30,
     }
 
 
