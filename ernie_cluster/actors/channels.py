@@ -48,7 +48,7 @@ class Receivers:
         gpu: GpuWays | None = None,
         nixl: NixlWay | None = None,
     ) -> None:
-        self._gpu, self.nixl = gpu, nixl
+        self._gpu, self.nixl, self._wish = gpu, nixl, config.kind
         self.object_store = ObjectStoreReceiver(sink, actor_name)
         self._shared: SharedMemoryReceiver | None = None
         if config.kind != "object_store":
@@ -58,6 +58,10 @@ class Receivers:
                 log.warning("no shared memory here (%s); KV goes through the object store", e)
         address = self._shared.address if self._shared else None
         self.endpoint = Endpoint(host_id(), address, actor_name, gpu.endpoint if gpu else None, nixl is not None)
+
+    def channels(self) -> Channels:
+        """The ways out of the same replica; to be closed before these."""
+        return Channels(self.endpoint, self._wish, self._gpu, self.nixl)
 
     def close(self) -> None:
         if self._gpu is not None:

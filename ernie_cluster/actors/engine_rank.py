@@ -67,7 +67,7 @@ class EngineRank:
         gpu = open_gpu(self._worker.inbox, self._worker.engine.runner.device, transport)
         self._receivers = Receivers(self._worker.inbox, args.actor_name, transport, gpu, nixl)
         self._endpoint = self._receivers.endpoint
-        self._channels = Channels(self._endpoint, transport.kind, gpu, nixl)
+        self._channels = self._receivers.channels()
         self._orders = Channels(self._endpoint, transport.kind)
         teller = Teller(self._now, self._worker.cached, args.config.router)
         calls = (self.open_prefill, self.open_decode, self.abort, self.poll, teller.tell)

@@ -48,7 +48,7 @@ class FollowerRank:
             gpu = open_gpu(follower, runner.device, transport)
             nixl = open_nixl(transport)
             self._receivers = Receivers(follower, args.actor_name, transport, gpu, nixl)
-            self._channels = Channels(self._receivers.endpoint, transport.kind, gpu, nixl)
+            self._channels = self._receivers.channels()
 
         def follow() -> None:
             try:

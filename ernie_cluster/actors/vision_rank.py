@@ -19,7 +19,7 @@ import ray
 from numpy.typing import NDArray
 
 from ernie_cluster.actors import process
-from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, open_nixl, receive
+from ernie_cluster.actors.channels import Receivers, open_gpu, open_nixl, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
 from ernie_cluster.actors.telling import Teller
@@ -62,7 +62,7 @@ class VisionRank:
         self._encoder = Encoder.load(config, self._args.model, self._args.num_cpus)
         gpu = open_gpu(_NoSink(), self._encoder.device, config.transport)
         self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport, gpu, nixl)
-        self._channels = Channels(self._receivers.endpoint, config.transport.kind, gpu, nixl)
+        self._channels = self._receivers.channels()
         teller = Teller(self._now, self._cached, config.router)
         calls = (self.encode, self.embed, self.abort, teller.tell)
         self._server = DirectServer({call.__name__: call for call in calls})

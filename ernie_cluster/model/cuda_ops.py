@@ -21,7 +21,6 @@ from torch.nn import functional
 from ernie_cluster.model.kv_pages import PLAIN_PAGES, PlainPages
 from ernie_cluster.model.ops import ExpertWeights, TorchOps, choose_experts
 from ernie_cluster.model.step import StepInput
-from ernie_cluster.model.storage import Weight
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +36,6 @@ class PagedAttention(Protocol):
     def check(self, block_size: int) -> None:
         """See `TorchOps.check_block_size`."""
         ...
-
-
-def gate(gate_up_TN: Tensor) -> Tensor:
-    """silu(gate) * up -> [T, N / 2]; gate columns first."""
-    first, second = gate_up_TN.chunk(2, -1)
-    return functional.silu(first) * second
 
 
 def turn(heads_THD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
@@ -114,7 +107,7 @@ class CudaOps(TorchOps):
         plain = TorchOps()
         self.attend = attend
         self._norm, self._add_norm = fuse(plain.rms_norm), fuse(plain.add_rms_norm)
-        self._gate, self._turn = fuse(gate), fuse(turn)
+        self._gate, self._turn = fuse(plain.gate), fuse(turn)
         self._choose, self._combine = fuse(choose_experts), fuse(combine)
 
     def check_block_size(self, block_size: int) -> None:
@@ -126,25 +119,11 @@ class CudaOps(TorchOps):
     def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self._add_norm(x_TD, residual_TD, weight_D, eps)
 
-    def gated_mlp(self, x_TD: Tensor, gate_up_WD: Weight, down_DW: Weight) -> Tensor:
-        return self.linear(self._gate(self.linear(x_TD, gate_up_WD)), down_DW)
+    def gate(self, gate_up_TN: Tensor) -> Tensor:
+        return self._gate(gate_up_TN)
 
-    def rotate_and_store(
-        self,
-        qkv_TX: Tensor,
-        cos_TF: Tensor,
-        sin_TF: Tensor,
-        slots_T: Tensor,
-        pages: tuple[Tensor, Tensor],
-        num_heads: int,
-    ) -> Tensor:
-        num_kv_heads = pages[0].shape[2]
-        num_all = num_heads + 2 * num_kv_heads
-        heads = qkv_TX.view(len(qkv_TX), num_all, qkv_TX.shape[1] // num_all)
-        turned = self._turn(heads[:, : num_heads + num_kv_heads], cos_TF, sin_TF)
-        for page, rows in zip(pages, (turned[:, num_heads:], heads[:, num_heads + num_kv_heads :]), strict=True):
-            self.pages.write(page, slots_T, rows)
-        return turned[:, :num_heads]
+    def turn(self, heads_THD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+        return self._turn(heads_THD, cos_TF, sin_TF)
 
     def attention(self, q_THD: Tensor, pages: tuple[Tensor, Tensor], step: StepInput) -> Tensor:
         return self.attend(q_THD, pages, step)
@@ -180,4 +159,4 @@ class CudaOps(TorchOps):
     def _run_pool(self, rows_PD: Tensor, pool: ExpertWeights, offsets_E: Tensor) -> Tensor:
         """Rows sorted by expert, each through its own -> [P, D]; `offsets_E` int32 are the ends of the experts' rows."""
         gate_up = functional.grouped_mm(rows_PD, pool.gate_up_EWD[...].transpose(1, 2), offs=offsets_E)
-        return functional.grouped_mm(self._gate(gate_up), pool.down_EDW[...].transpose(1, 2), offs=offsets_E)
+        return functional.grouped_mm(self.gate(gate_up), pool.down_EDW[...].transpose(1, 2), offs=offsets_E)

@@ -75,8 +75,16 @@ class TorchOps:
 
     def gated_mlp(self, x_TD: Tensor, gate_up_WD: Weight, down_DW: Weight) -> Tensor:
         """down(silu(gate(x)) * up(x)); gate and up in one matrix, gate rows first."""
-        gate, up = self.linear(x_TD, gate_up_WD).chunk(2, -1)
-        return self.linear(functional.silu(gate) * up, down_DW)
+        return self.linear(self.gate(self.linear(x_TD, gate_up_WD)), down_DW)
+
+    def gate(self, gate_up_TN: Tensor) -> Tensor:
+        """silu(gate) * up -> [T, N / 2]; gate columns first."""
+        gate, up = gate_up_TN.chunk(2, -1)
+        return functional.silu(gate) * up
+
+    def turn(self, heads_THD: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+        """See `rotate_interleaved`."""
+        return rotate_interleaved(heads_THD, cos_TF, sin_TF)
 
     def rotate_and_store(
         self,
@@ -97,7 +105,7 @@ class TorchOps:
         num_tokens, num_kv_heads = qkv_TX.shape[0], k_pages.shape[2]
         num_all = num_heads + 2 * num_kv_heads
         heads = qkv_TX.view(num_tokens, num_all, qkv_TX.shape[1] // num_all)
-        turned = rotate_interleaved(heads[:, : num_heads + num_kv_heads], cos_TF, sin_TF)
+        turned = self.turn(heads[:, : num_heads + num_kv_heads], cos_TF, sin_TF)
         self.pages.write(k_pages, slots_T, turned[:, num_heads:])
         self.pages.write(v_pages, slots_T, heads[:, num_heads + num_kv_heads :])
         return turned[:, :num_heads]

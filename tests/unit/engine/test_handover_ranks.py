@@ -67,8 +67,12 @@ class Road:
         self.prefill.outcomes.drain()
         assert not self.prefill.outcomes.errors
         assert not self.decode.outcomes.errors
+        return {r.request_id: self.said(r.request_id) for r in some}
+
+    def said(self, request_id: str) -> list[int]:
+        """Tokens of a request so far, of both sides."""
         first, rest = self.prefill.outcomes.tokens, self.decode.outcomes.tokens
-        return {r.request_id: first[r.request_id] + rest[r.request_id][1:] for r in some}
+        return first[request_id] + rest[request_id][1:]
 
     def failure(self, request_id: str) -> Exception:
         """How a request failed on the prefill side; nobody decodes it."""
@@ -204,8 +208,7 @@ def test_nothing_is_decoded_before_the_last_rank_has_its_last_piece(
         assert faults.came.wait(PATIENCE_S)
         faults.release()
         road.decode.outcomes.wait_for([request.request_id], PATIENCE_S)
-        tokens = road.prefill.outcomes.tokens, road.decode.outcomes.tokens
-        assert tokens[0][request.request_id] + tokens[1][request.request_id][1:] == expected[request.request_id]
+        assert road.said(request.request_id) == expected[request.request_id]
 
 
 @pytest.mark.parametrize(("prefill", "decode", "sender", "receiver"), PAIRS)
@@ -230,8 +233,7 @@ def test_a_late_piece_of_a_lost_attempt_is_refused(
         faults.release()
         road.decode.outcomes.wait_for([request.request_id], PATIENCE_S)
         road.prefill.outcomes.drain()
-        tokens = road.prefill.outcomes.tokens, road.decode.outcomes.tokens
-        assert tokens[0][request.request_id] + tokens[1][request.request_id][1:] == expected[request.request_id]
+        assert road.said(request.request_id) == expected[request.request_id]
 
 
 class Held(Faults):
