@@ -108,30 +108,29 @@ class ClusterBackend:
     async def status(self) -> list[ModelStatus]:
         """See `Backend`."""
         try:
-            async with asyncio.timeout(_STATUS_TIMEOUT_S):
-                status: list[ModelStatus] = await self._router.call("status")
+            status: list[ModelStatus] = await self._told("status", _STATUS_TIMEOUT_S)
         except Exception as e:  # which may name addresses and paths, and everybody may ask
-            log.warning("no status: %s", translate(e, "the router"))
+            log.warning("no status: %s", e)
             return [ModelStatus(m.name, False, "the router does not answer") for m in self._config.models]
         return status
 
     async def loads(self) -> list[ReplicaLoad]:
         """See `Backend`."""
-        try:
-            async with asyncio.timeout(_STATUS_TIMEOUT_S):
-                loads: list[ReplicaLoad] = await self._router.call("loads")
-        except Exception as e:
-            raise translate(e, "the router") from None
+        loads: list[ReplicaLoad] = await self._told("loads", _STATUS_TIMEOUT_S)
         return loads
 
     async def experts(self) -> list[ReplicaExperts]:
         """See `Backend`."""
+        experts: list[ReplicaExperts] = await self._told("experts", _CALL_TIMEOUT_S)
+        return experts
+
+    async def _told(self, what: str, timeout_s: float) -> Any:
+        """What the router tells of all replicas; its errors are of our tree."""
         try:
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
-                experts: list[ReplicaExperts] = await self._router.call("experts")
+            async with asyncio.timeout(timeout_s):
+                return await self._router.call(what)
         except Exception as e:
             raise translate(e, "the router") from None
-        return experts
 
     async def close(self) -> None:
         """See `Backend`."""

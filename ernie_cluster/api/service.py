@@ -61,11 +61,7 @@ class Service:
 
     def processor(self, name: str) -> Processor:
         """Of a served model, or of the most able one behind the alias; raises UnknownModel, naming those that there are."""
-        if self.alias is not None and name == self.alias.name:
-            name = self.alias.models[0]
-        if name not in self.processors:
-            raise UnknownModel(f"model {name[:100]!r} is not served here; served: {', '.join(self.names)}")
-        return self.processors[name]
+        return self._processors_of(name)[0]
 
     @property
     def names(self) -> list[str]:
@@ -74,9 +70,14 @@ class Service:
 
     def max_model_len(self, name: str) -> int:
         """Of a served model, or what all models behind the alias can hold."""
-        is_alias = self.alias is not None and name == self.alias.name
-        models = self.alias.models if self.alias is not None and is_alias else (name,)
-        return min(self.processor(model).max_model_len for model in models)
+        return min(processor.max_model_len for processor in self._processors_of(name))
+
+    def _processors_of(self, name: str) -> list[Processor]:
+        """Of a served model, or of those behind the alias, the most able one first."""
+        models = self.alias.models if self.alias is not None and name == self.alias.name else (name,)
+        if not self.processors.keys() >= set(models):
+            raise UnknownModel(f"model {name[:100]!r} is not served here; served: {', '.join(self.names)}")
+        return [self.processors[model] for model in models]
 
     @asynccontextmanager
     async def request(self, timeout_s: float) -> AsyncIterator[Meter]:
