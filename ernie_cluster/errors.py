@@ -7,15 +7,21 @@
     │   ├── InvalidRequest      the client's fault; `param` names the field
     │   │   ├── ContextTooLong  prompt (plus output) exceeds what the model can hold
     │   │   ├── Unauthorized    no key, or not one that opens this
-    │   │   └── UnknownModel    no such model is served here
+    │   │   ├── Forbidden       this server is not set up to let anybody do it
+    │   │   ├── UnknownModel    no such model is served here
+    │   │   ├── UnknownReplica  an operator named a replica that is not there
+    │   │   └── OrderRefused    an operator asked for what a replica cannot do
     │   ├── Overloaded          no room now; `retry_after_s` says when to come back
     │   │   └── RateLimited     the client has used up what it may use for now
     │   ├── DeadlineExceeded    the request's own deadline has passed
     │   └── Aborted             the client left, or asked us to stop
+    │       └── SlowClient      it is there and does not read its answer
     └── ReplicaError            something of ours broke
         ├── ReplicaLost         the process that worked on the request is gone
+        ├── ReplicaDraining     a replica that leaves parts with a request, unharmed; another one goes on with it
         ├── Evicted             a replica gave a request's blocks back and cannot compute them again itself
         ├── TransferFailed      bytes did not arrive whole, or came for a lease that is no longer valid
+        │   └── PeerSilent      the replica that they go to has not replied in time
         └── EngineFailed        the engine stopped; the replica must be replaced
 
 Bugs of ours are `assert`s, not members of this tree. Errors cross process boundaries by pickle inside
@@ -73,10 +79,28 @@ class Unauthorized(InvalidRequest):
     """The request bears no key that opens what it asks for."""
 
 
+class Forbidden(InvalidRequest):
+    """As this server is set up nobody may do this; the message says what to set."""
+
+
 class UnknownModel(InvalidRequest):
     """The `model` field names nothing that is served here."""
 
     def __init__(self, message: str, param: str | None = "model", code: str | None = "model_not_found") -> None:
+        super().__init__(message, param, code)
+
+
+class UnknownReplica(InvalidRequest):
+    """There is no replica of this name; the message lists those that are."""
+
+    def __init__(self, message: str, param: str | None = "replica", code: str | None = "replica_not_found") -> None:
+        super().__init__(message, param, code)
+
+
+class OrderRefused(InvalidRequest):
+    """What an operator asked of a replica cannot be done; the message says why."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = "order_refused") -> None:
         super().__init__(message, param, code)
 
 
@@ -111,6 +135,10 @@ class Aborted(RequestError):
     """The request was ended on the client's wish."""
 
 
+class SlowClient(Aborted):
+    """The client is there and does not read its answer."""
+
+
 class ReplicaError(ErnieClusterError):
     """Something of ours broke; the request may be tried again elsewhere."""
 
@@ -119,12 +147,20 @@ class ReplicaLost(ReplicaError):
     """A process that worked on the request is gone."""
 
 
+class ReplicaDraining(ReplicaError):
+    """A replica that is about to leave has parted with a request after its last token; nothing has failed."""
+
+
 class Evicted(ReplicaError):
     """Out of KV blocks, a replica let go of a request that it cannot compute again itself; another one can."""
 
 
 class TransferFailed(ReplicaError):
     """KV or embeddings did not arrive whole, or came for a lease that is not valid any more."""
+
+
+class PeerSilent(TransferFailed):
+    """The replica that a hand-over goes to has not replied in time: it hangs, or the network between the two is down."""
 
 
 class EngineFailed(ReplicaError):

@@ -270,22 +270,34 @@ def block_hashes(
     Returns:
         N // block_size digests of 32 bytes.
     """
-    ids = np.ascontiguousarray(token_ids, dtype="<i4")
-    spans = sorted((m.offset, m.end, m.media_hash) for m in media)
-    previous = hashlib.sha256(b"ernie-kv-1:" + salt).digest()
     out: list[bytes] = []
+    extend_hashes(out, token_ids, media, block_size, salt)
+    return out
+
+
+def extend_hashes(
+    hashes: list[bytes],
+    token_ids: Sequence[int] | NDArray[np.int32],
+    media: Sequence[MediaInput],
+    block_size: int,
+    salt: bytes = b"",
+) -> None:
+    """Append what `block_hashes` of these tokens has beyond `hashes`, which are those of its first blocks."""
+    previous = hashes[-1] if hashes else hashlib.sha256(b"ernie-kv-1:" + salt).digest()
+    done = len(hashes) * block_size
+    ids = np.ascontiguousarray(token_ids[done:], dtype="<i4")
+    spans = sorted((m.offset, m.end, m.media_hash) for m in media if m.end > done)
     first = 0
-    for start in range(0, len(ids) - block_size + 1, block_size):
+    for start in range(done, done + len(ids) - block_size + 1, block_size):
         end = start + block_size
         digest = hashlib.sha256(previous)
-        digest.update(ids[start:end].data)
+        digest.update(ids[start - done : end - done].data)
         while first < len(spans) and spans[first][1] <= start:
             first += 1
         for offset, stop, media_hash in _overlapping(spans, first, start, end):
             digest.update(f"{offset - start}:{stop - start}:".encode() + media_hash)
         previous = digest.digest()
-        out.append(previous)
-    return out
+        hashes.append(previous)
 
 
 def _overlapping(

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from ernie_cluster.config.cluster import TlsConfig
+from ernie_cluster.config.api import TlsConfig
 
 DAY = timedelta(days=1)
 

@@ -14,7 +14,9 @@ FOLDERS = {
     "unit": "no Ray, no network, no GPU",
     "integration": "local Ray on CPU, or several processes",
     "e2e": "the whole application over HTTP and gRPC",
+    "chaos": "the same while its processes are killed and stopped; with --slow only",
     "gpu": "needs an NVIDIA GPU",
+    "multinode": "the application on several machines, which are network namespaces; only with -m multinode, as root",
 }
 
 
@@ -39,6 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(folder)
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if folder == "multinode" and "multinode" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="minutes, and as root: run with -m multinode"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_gpu():
         for item in on_gpu:

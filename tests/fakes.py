@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import codecs
+import dataclasses
 import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
-from ernie_cluster.errors import ContextTooLong, InvalidRequest
+from ernie_cluster.api.operator import ClusterView, DecisionView, FaultsView, Order, ReplicaView
+from ernie_cluster.errors import ContextTooLong, InvalidRequest, OrderRefused, Overloaded, UnknownReplica
+from ernie_cluster.faults import FaultOrder
 from ernie_cluster.request import (
     FinishReason,
     GenerationRequest,
@@ -57,6 +60,9 @@ def say(text: str, tokens_per_step: int = 1, finish_reason: FinishReason | None 
     return steps if finish_reason is None else [*steps, Step((), finish_reason)]
 
 
+NO_CLUSTER = ClusterView((), (), False, 0.0, 0.0, "GPUs", ())
+
+
 def vector_of(digest: bytes) -> NDArray[np.float32]:
     """Eight numbers of length 1, others for each digest."""
     vector = np.random.default_rng(int.from_bytes(digest[:8], "big")).normal(size=8)
@@ -90,8 +96,16 @@ class FakeBackend:
         self.states: list[ModelStatus] | Exception = [ModelStatus("tiny", True, "")]
         self.load_news: list[ReplicaLoad] | Exception = []
         self.expert_news: list[ReplicaExperts] | Exception = []
+        self.cluster_news: ClusterView | Exception = NO_CLUSTER
+        self.decision_news: list[DecisionView] | Exception = []
+        self.orders: list[Order] = []
+        self.fault_orders: list[FaultOrder] = []
+        self.fault_news: FaultsView | Exception = FaultsView((), ())
         self.num_looks = 0
         """How often somebody asked for the loads."""
+        self.knocks: list[tuple[str, int, int]] = []
+        self.closed_door: Overloaded | None = None
+        """What `knock` raises."""
         self.requests: list[GenerationRequest] = []
         self.arrivals: asyncio.Queue[GenerationRequest] = asyncio.Queue()
         """The same requests, to be waited for."""
@@ -104,6 +118,11 @@ class FakeBackend:
         self.embed_script: list[asyncio.Event | Exception] = []
         """What the next calls of `embed` wait for, or raise."""
         self.is_closed = False
+
+    async def knock(self, model: str, max_tokens: int, priority: int, timeout_s: float) -> None:
+        self.knocks.append((model, max_tokens, priority))
+        if self.closed_door is not None:
+            raise self.closed_door
 
     async def embed(self, model: str, media: MediaInput, timeout_s: float) -> NDArray[np.float32]:
         self.embedded.append((model, media))
@@ -172,8 +191,44 @@ class FakeBackend:
             raise self.expert_news
         return self.expert_news
 
+    async def cluster(self) -> ClusterView:
+        if isinstance(self.cluster_news, Exception):
+            raise self.cluster_news
+        return self.cluster_news
+
+    async def decisions(self) -> list[DecisionView]:
+        if isinstance(self.decision_news, Exception):
+            raise self.decision_news
+        return self.decision_news
+
+    async def faults(self, order: FaultOrder) -> FaultsView:
+        if isinstance(self.fault_news, Exception):
+            raise self.fault_news
+        self.fault_orders.append(order)
+        return self.fault_news
+
+    async def order(self, order: Order) -> ReplicaView:
+        """What `cluster` tells from now on; a role has to be one that some replica of the model was started in."""
+        view = await self.cluster()
+        known = {replica.replica: replica for replica in view.replicas}
+        if order.replica not in known:
+            raise UnknownReplica(f"no replica {order.replica!r}; there are: {', '.join(known) or 'none'}")
+        self.orders.append(order)
+        changed = _ordered(known[order.replica], order, {(r.model, r.home) for r in view.replicas})
+        known[order.replica] = changed
+        self.cluster_news = dataclasses.replace(view, replicas=tuple(known.values()))
+        return changed
+
     async def close(self) -> None:
         self.is_closed = True
+
+
+def _ordered(replica: ReplicaView, order: Order, pools: set[tuple[str, str]]) -> ReplicaView:
+    if order.action != "role":
+        return dataclasses.replace(replica, phase="draining" if order.action == "drain" else "ready")
+    if order.role is None or (replica.model, order.role) not in pools:
+        raise OrderRefused(f"{replica.model} has no {order.role} pool")
+    return dataclasses.replace(replica, role=order.role, phase="switching")
 
 
 def _logprobs(sampling: SamplingParams, token_id: int) -> TokenLogprobs:

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from ernie_cluster.actors.links import translate
 from ernie_cluster.actors.messages import NAMESPACE
-from ernie_cluster.config.cluster import TransportConfig
+from ernie_cluster.config.transport import TransportConfig
 from ernie_cluster.errors import ConfigError, ReplicaError, ReplicaLost
-from ernie_cluster.transport.base import Channel, Message, Pack, PieceHeader, Sink
+from ernie_cluster.faults import Faults
+from ernie_cluster.transport.base import STALL_TIMEOUT_S, Channel, Message, Pack, PieceHeader, Sink
 from ernie_cluster.transport.choose import Choice, Endpoint, Wish, choices
+from ernie_cluster.transport.faulty import FaultyChannel, FaultySink
 from ernie_cluster.transport.object_store import ObjectStoreChannel, ObjectStoreReceiver
 from ernie_cluster.transport.shared_memory import SharedMemoryChannel, SharedMemoryReceiver
 from ernie_cluster.transport.staging import host_id
@@ -38,6 +40,7 @@ class Receivers:
     Args:
         gpu: closed with the others.
         nixl: likewise.
+        faults: of this process, if there are to be any.
     """
 
     def __init__(
@@ -47,8 +50,10 @@ class Receivers:
         config: TransportConfig,
         gpu: GpuWays | None = None,
         nixl: NixlWay | None = None,
+        faults: Faults | None = None,
     ) -> None:
-        self._gpu, self.nixl, self._wish = gpu, nixl, config.kind
+        self._gpu, self.nixl, self._wish, self._faults = gpu, nixl, config.kind, faults
+        sink = sink if faults is None else FaultySink(sink, faults)
         self.object_store = ObjectStoreReceiver(sink, actor_name)
         self._shared: SharedMemoryReceiver | None = None
         if config.kind != "object_store":
@@ -61,7 +66,7 @@ class Receivers:
 
     def channels(self) -> Channels:
         """The ways out of the same replica; to be closed before these."""
-        return Channels(self.endpoint, self._wish, self._gpu, self.nixl)
+        return Channels(self.endpoint, self._wish, self._gpu, self.nixl, self._faults)
 
     def close(self) -> None:
         if self._gpu is not None:
@@ -107,12 +112,18 @@ class Channels:
         wish: of the configuration.
         gpu: this replica's, if it has one.
         nixl: likewise.
+        faults: of this process, if there are to be any.
     """
 
     def __init__(
-        self, me: Endpoint, wish: Wish = "auto", gpu: GpuWays | None = None, nixl: NixlWay | None = None
+        self,
+        me: Endpoint,
+        wish: Wish = "auto",
+        gpu: GpuWays | None = None,
+        nixl: NixlWay | None = None,
+        faults: Faults | None = None,
     ) -> None:
-        self._me, self._wish, self._gpu, self._nixl = me, wish, gpu, nixl
+        self._me, self._wish, self._gpu, self._nixl, self._faults = me, wish, gpu, nixl, faults
         self._open: dict[Endpoint, _Watched] = {}
         self._making: dict[Endpoint, threading.Lock] = {}
         self._is_closed = False
@@ -167,7 +178,7 @@ class Channels:
                 log.warning("no channel to %s by %s: %s", peer.actor_name, choice.kind, e)
             else:
                 log.info("channel to %s: %s, because %s", peer.actor_name, choice.kind, choice.reason)
-                return channel
+                return channel if self._faults is None else FaultyChannel(channel, self._faults)
         raise AssertionError("the object store is always a choice")
 
     def _make(self, choice: Choice, peer: Endpoint) -> Channel:
@@ -194,10 +205,19 @@ class Channels:
 
 
 async def receive(receivers: Receivers, message: Message, refs: list[Any]) -> Message:
-    """Body of an actor's `deliver` method: fetch the payload, if any, and hand both to the receiver."""
+    """Body of an actor's `deliver` method: fetch the payload, if any, and hand both to the receiver.
+
+    What a sender has announced and cannot give, for the network between the two nodes is down, is refused: it has given up
+    by then, too.
+    """
     if receivers.nixl is not None and "span" in message:
         return await receivers.nixl.receive(receivers.object_store, message, refs[0])
-    payload: NDArray[np.uint8] | None = await refs[0] if refs else None
+    payload: NDArray[np.uint8] | None = None
+    try:
+        async with asyncio.timeout(STALL_TIMEOUT_S):
+            payload = await refs[0] if refs else None
+    except TimeoutError:
+        return {"refused": f"what was announced did not come within {STALL_TIMEOUT_S:g} s"}
     answer = await asyncio.to_thread(receivers.object_store.receive, message, payload)
     return await asyncio.wrap_future(answer)
 

@@ -18,15 +18,20 @@ import pickle
 import secrets
 import struct
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from ernie_cluster.actors import background
-from ernie_cluster.errors import EngineFailed, ErnieClusterError, ReplicaLost
+from ernie_cluster.errors import EngineFailed, ErnieClusterError, Overloaded, ReplicaLost
+from ernie_cluster.transport.keepalive import watch
 
 HANDSHAKE_TIMEOUT_S = 5.0
 """Who has not proved itself by then is dropped."""
 MAX_MESSAGE_BYTES = 1 << 30
+
+MAX_CALLS = 4096
+"""Most calls of one connection that are worked on at the same time."""
 
 _NONCE_BYTES = 32
 _MAX_STRANGERS = 64
@@ -65,14 +70,21 @@ class RemoteFailure(Exception):
 
 
 class DirectServer:
-    """Offers methods of one process to its peers. Calls of a connection begin in the order in which they were made.
+    """Offers methods of one process to its peers. Calls of a connection begin in the order in which they were made; those
+    beyond `MAX_CALLS` are refused.
 
     Args:
         methods: by name. An error of our tree goes to the caller as it is, any other as EngineFailed.
+        visit: entered for each connection that has proved itself, left at its end; gives the methods for it. None = they
+            are the same for all.
     """
 
-    def __init__(self, methods: Mapping[str, Method]) -> None:
-        self._methods = methods
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        visit: Callable[[], AbstractContextManager[Mapping[str, Method]]] | None = None,
+    ) -> None:
+        self._visit = visit or (lambda: contextlib.nullcontext(methods))
         self._token = secrets.token_bytes(32)
         self._strangers = 0
         self._work: set[asyncio.Task[None]] = set()
@@ -96,14 +108,25 @@ class DirectServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        num_calls = 0
+
+        def done(task: asyncio.Task[None]) -> None:
+            nonlocal num_calls
+            num_calls -= 1
+            self._work.discard(task)
+
         try:
+            watch(writer.get_extra_info("socket"))
             if await self._admit(reader, writer):
-                while True:
-                    number, method, args = await _receive(reader)
-                    # nobody's child: what a call starts in Ray must not end with the request it came from
-                    task = background.start(self._answer(writer, number, method, args))
-                    self._work.add(task)
-                    task.add_done_callback(self._work.discard)
+                with self._visit() as methods:
+                    while True:
+                        number, name, args = await _receive(reader)
+                        # nobody's child: what a call starts in Ray must not end with the request it came from
+                        is_full = num_calls >= MAX_CALLS
+                        task = background.start(self._answer(writer, number, methods, name, args, is_full=is_full))
+                        num_calls += 1
+                        self._work.add(task)
+                        task.add_done_callback(done)
         except (OSError, EOFError):
             pass  # the peer is gone
         except Exception:
@@ -128,16 +151,27 @@ class DirectServer:
             self._strangers -= 1
         return hmac.compare_digest(shown, _proof(self._token, b"client", theirs, ours))
 
-    async def _answer(self, writer: asyncio.StreamWriter, number: int, method: str, args: tuple[Any, ...]) -> None:
+    async def _answer(
+        self,
+        writer: asyncio.StreamWriter,
+        number: int,
+        methods: Mapping[str, Method],
+        name: str,
+        args: tuple[Any, ...],
+        *,
+        is_full: bool,
+    ) -> None:
         error: ErnieClusterError | None = None
         frames: list[bytes | memoryview] = []
         try:
-            frames = _frames((number, None, await self._methods[method](*args)))
+            if is_full:
+                raise Overloaded(f"{name}: {MAX_CALLS} calls of one caller are worked on, which is the limit", 1.0)
+            frames = _frames((number, None, await methods[name](*args)))
         except ErnieClusterError as e:
             error = e
         except Exception as e:
-            _log.exception("%s failed", method)
-            error = EngineFailed(f"{method}: {type(e).__name__}: {e}")
+            _log.exception("%s failed", name)
+            error = EngineFailed(f"{name}: {type(e).__name__}: {e}")
         if not writer.is_closing():
             with contextlib.suppress(OSError):
                 writer.writelines(frames if error is None else _frames((number, error, None)))
@@ -170,6 +204,7 @@ class DirectPeer:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 reader, writer = await asyncio.open_connection(address.host, address.port, limit=_READ_AHEAD_BYTES)
+                watch(writer.get_extra_info("socket"))
                 ours = secrets.token_bytes(_NONCE_BYTES)
                 writer.write(ours)
                 answer = await reader.readexactly(2 * _NONCE_BYTES)

@@ -11,19 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# RAY_AUTH_MODE is left alone: Ray's own default, a token, keeps strangers from a replica's inner ports
-SETTINGS = {
-    "RAY_worker_niceness": "0",  # Ray runs actors at nice 15: on a busy laptop decode would starve
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a replica without GPUs keeps its environment
-    # one loop per Serve process, without hops between threads: 2 ms less per request; nothing of ours blocks it
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    # torch: large pages for large tensors; weights are read half as fast again, for the first touch of memory is what takes
-    "THP_MEM_ALLOC_ENABLE": "1",
-    # in place of the Python proxy, whose way there and back takes 20 ms: this one's takes 2
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-}
-"""For every cluster; one that is started elsewhere needs them set on all nodes before `ray start`."""
+from ernie_cluster.config.environment import SETTINGS
 
 _SIDE_PORTS = range(20_000, 30_000)
 """Below the ports that the system hands out, above those that services are known by."""

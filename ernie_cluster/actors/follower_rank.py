@@ -56,6 +56,7 @@ class FollowerRank:
             except Exception as e:
                 self._failure = e if isinstance(e, GangBroken) else EngineFailed(f"{type(e).__name__}: {e}")
 
+        process.started()
         threading.Thread(target=follow, name="follower", daemon=True).start()
 
     async def endpoint(self) -> Endpoint | None:

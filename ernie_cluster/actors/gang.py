@@ -10,8 +10,9 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ernie_cluster.actors.messages import NAMESPACE, Load, Meeting, RankArgs, Ready
-from ernie_cluster.config.cluster import ClusterConfig, PoolConfig
+from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.parallel import Shard
+from ernie_cluster.config.pool import PoolConfig
 
 
 class Gang:
@@ -76,6 +77,10 @@ class Gang:
         """Of every leader; raises when any rank is dead or has stopped."""
         loads = await asyncio.gather(*(rank.snapshot.remote() for rank in self._ranks))
         return [load for load in loads if load is not None]
+
+    async def leave(self, within_s: float) -> None:
+        """Leaders take no more for good, and part with what they still have after so many seconds."""
+        await asyncio.gather(*(leader.leave.remote(within_s) for leader in self._leaders))
 
     async def stop(self) -> None:
         """Leaders give their things back, and dismiss the others."""

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from ernie_cluster.actors import process
-from ernie_cluster.config.cluster import TransportConfig
+from ernie_cluster.config.transport import TransportConfig
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.transport.base import Channel, Sink
 from ernie_cluster.transport.choose import GpuEndpoint, TransportKind

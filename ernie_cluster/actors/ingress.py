@@ -25,7 +25,11 @@ from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.playground.routes import PATHS, add_playground
 from ernie_cluster.api.service import Service
 from ernie_cluster.api.tls import Certificate
-from ernie_cluster.config.cluster import ApiConfig, ClusterConfig, ModelDeployment
+from ernie_cluster.api.tracing import otlp_tracer
+from ernie_cluster.api.zeros import begin_at_zero
+from ernie_cluster.config.api import ApiConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.errors import ConfigError
@@ -49,7 +53,8 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
         map_media = media_mapper(config)
         processors = {m.name: make_processor(config, m.name, map_media) for m in config.models}
         metrics = PrometheusMetrics()
-        guard = make_guard(config.api, metrics)
+        begin_at_zero(metrics, processors)
+        guard, tracing = make_guard(config.api, metrics), config.api.tracing
         fetcher = Fetcher(fetch_rules(config.api))
         api = create_app(
             ClusterBackend(app, config, metrics),
@@ -62,8 +67,10 @@ def asgi_builder(app: str, config: ClusterConfig) -> Callable[[], FastAPI]:
             make_searcher(config, processors),
             beside=make_grpc(config.api, guard),
             alias=None if config.auto_model is None else AutoModel(config.auto_model, time.monotonic),
+            tracer=None if tracing is None else otlp_tracer(tracing.endpoint, tracing.sample_ratio),
         )
         face_browsers(api, config.api)
+        process.started()
         return api
 
     return build
@@ -90,6 +97,7 @@ def make_guard(api: ApiConfig, metrics: Metrics) -> Guard:
     return Guard(
         None if api.keys_file is None else KeyRing(api.keys_file, time.monotonic),
         admin_sha256=api.admin_key_sha256,
+        takes_keyless_orders=api.takes_keyless_orders,
         isolate_prefix_cache=api.isolate_prefix_cache,
         metrics=metrics,
         clock=time.monotonic,
@@ -185,8 +193,11 @@ def api_limits(config: ClusterConfig) -> ApiLimits:
         max_body_bytes=api.max_body_bytes,
         max_json_depth=api.max_json_depth,
         request_timeout_s=api.request_timeout_s,
+        client_idle_timeout_s=api.client_idle_timeout_s,
+        keep_alive_s=api.keep_alive_s,
         default_max_tokens=api.default_max_tokens,
         preprocess_threads=api.preprocess_threads,
+        media_threads=api.media_threads,
         max_tool_rounds=api.max_tool_rounds,
         max_tool_pixels=api.max_tool_pixels,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 
 from ernie_cluster.actors.app import APP_NAME, build_app
@@ -20,9 +21,13 @@ from ernie_cluster.actors.channels import check_nixl
 from ernie_cluster.actors.environment import local_cluster
 from ernie_cluster.actors.messages import NAMESPACE
 from ernie_cluster.actors.router import find_router, router_name
+from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.api.tls import Certificate
-from ernie_cluster.config.cluster import ClusterConfig, ModelDeployment, PoolConfig
+from ernie_cluster.config.checks import label_selector
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.pool import PoolConfig
 from ernie_cluster.errors import ConfigError, ReplicaError
 from ernie_cluster.policy.sizing.check import check_fit
 from ernie_cluster.policy.sizing.gpus import of_ray_types
@@ -34,6 +39,8 @@ Report = Callable[[str], None]
 _GPU_TYPE = "accelerator_type:"
 _POLL_S = 0.2
 _ROUTE_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 20.0
+"""What answers get to come to their end when the whole application stops."""
 
 
 def check(config: ClusterConfig) -> None:
@@ -94,6 +101,8 @@ def start_ray(config: ClusterConfig, address: str | None, report: Report) -> Non
         return
     pools = [(p.num_cpus, p.num_gpus, p.num_replicas) for m in config.models for p in m.pools]
     wanted = math.ceil(sum(cpus * replicas for cpus, _, replicas in pools))
+    if config.scaling is not None and config.budget_unit == "cores":
+        wanted = max(wanted, math.ceil(config.budget))
     cores = os.cpu_count() or 1
     if wanted > cores:
         report(f"the pools ask for {wanted} cores, this machine has {cores}: they will share")
@@ -124,11 +133,14 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
         report(
             f"warning: api.keys_file is not set, so whoever reaches {config.api.host}:{config.api.port} may use the models"
         )
+    for whose, labels in unmatched_labels(config):
+        report(f"no node has the labels {', '.join(labels)} of {whose} yet; it waits for one (`ray start --labels`)")
     report("starting Serve")
-    router = find_router(app_name, config)  # its process starts while Serve's do
+    find_router(app_name, config)  # its process starts while Serve's do
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     http = {"host": config.api.host, "port": config.api.port, "request_timeout_s": None}
-    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+    doors = "EveryNode" if config.api.listen_on == "every_node" else "HeadOnly"
+    _start_serve(report, proxy_location=doors, http_options=http, logging_config=quiet)
     serve.run_many(
         [serve.RunTarget(build_app(config, app_name), app_name, "/", quiet)],
         wait_for_ingress_deployment_creation=False,
@@ -137,11 +149,17 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
     said: set[str] = set()
     waiting_for = ""
     while True:
-        for info, _ in ray.get(router.replicas.remote()):
+        try:
+            router = find_router(app_name, config)  # another one if it was there with another configuration
+            replicas, status = _told_by(router, config, timeout_s, deadline)
+        except RayActorError:
+            time.sleep(_POLL_S)
+            continue
+        for info, _ in replicas:
             if info.replica_id not in said:
                 said.add(info.replica_id)
                 report(f"{info.role} replica of {info.model!r} is ready on node {info.node_id[:8]}")
-        missing = [f"{s.name}: {s.detail}" for s in ray.get(router.status.remote()) if not s.is_ready]
+        missing = [f"{s.name}: {s.detail}" for s in status if not s.is_ready]
         application = serve.status().applications.get(app_name)
         if not missing and (application is None or application.status != "RUNNING"):
             missing = ["the API replica"]
@@ -157,16 +175,64 @@ def start(config: ClusterConfig, report: Report, *, timeout_s: float, app_name: 
     _wait_for_route(config, time.monotonic() + _ROUTE_TIMEOUT_S)
 
 
+def _start_serve(report: Report, **options: Any) -> None:
+    """Serve with its proxies; ConfigError when they do not start, twice."""
+    for attempt in (1, 2):
+        try:
+            serve.start(**options)
+            return
+        except RayActorError as e:
+            serve.shutdown()
+            if attempt == 2:
+                raise ConfigError(f"Serve's proxy did not start; is this machine very busy? Ray says: {e}") from None
+            report("Serve's proxy did not start in time, the machine may be busy; trying once more")
+
+
+def unmatched_labels(config: ClusterConfig) -> list[tuple[str, tuple[str, ...]]]:
+    """Who has `node_labels` that no node of the Ray cluster has all of, and which."""
+    machines = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    wanted = [("the API and the router", config.api.node_labels)]
+    wanted += [(f"pool {p.role} of {m.name!r}", p.node_labels) for m in config.models for p in m.pools]
+    return [
+        (whose, labels)
+        for whose, labels in wanted
+        if labels and not any(label_selector(labels).items() <= machine.items() for machine in machines)
+    ]
+
+
+def _told_by(
+    router: Any, config: ClusterConfig, timeout_s: float, deadline: float
+) -> tuple[list[Any], list[ModelStatus]]:
+    """Replicas and models, as the router knows them, which may have to wait for its node."""
+    try:
+        replicas, status = ray.get(
+            [router.replicas.remote(), router.status.remote()], timeout=max(0.0, deadline - time.monotonic())
+        )
+    except GetTimeoutError:
+        where = ", ".join(config.api.node_labels) or "any node"
+        raise ConfigError(
+            f"not ready after {timeout_s:g} s: the router has not started; its node must have api.node_labels = {where}"
+        ) from None
+    return replicas, status
+
+
 def stop(report: Report, app_name: str = APP_NAME) -> None:
     """Delete the application, and end the Ray cluster if `start_ray` started it. May follow a start that failed."""
     report("stopping")
     try:
-        serve.delete(app_name)
+        serve.delete(app_name, _blocking=False)
+        _wait_for_end(app_name, time.monotonic() + _STOP_TIMEOUT_S)
         ray.kill(ray.get_actor(router_name(app_name), NAMESPACE))
     except Exception as e:  # it never came so far, or a part of it is gone already
         log.info("stopping: %s", e)
     finally:
         ray.shutdown(wait_for_processes=True)  # ends a cluster that this process has started, Serve with it
+
+
+def _wait_for_end(app_name: str, deadline: float) -> None:
+    """Until all replicas are gone, or what runs has had its time."""
+    while app_name in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def _wait_for_route(config: ClusterConfig, deadline: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -9,11 +10,13 @@ from typing import Any
 
 from ernie_cluster.actors import process
 from ernie_cluster.actors.messages import Outcome, RankArgs
-from ernie_cluster.config.cluster import EngineConfig
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.engine.balance import Rule
+from ernie_cluster.engine.emulate import EmulatedRunner
 from ernie_cluster.engine.follower import Follower
+from ernie_cluster.engine.host_tier import HostMemory
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.slices import SliceOf
 from ernie_cluster.engine.worker import Worker, WorkerSettings
@@ -53,7 +56,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
     process.set_threads(settings.threads(args.num_cpus))
     shape = ModelConfig.from_folder(folder)
     dtype = settings.dtype_of(shape.dtype)
-    layout = KVLayout.from_model(shape, settings.block_size, settings.kv_dtype_of(shape.dtype), args.shard.dims.tp)
+    layout = _layout(args, shape)
     num_blocks = settings.kv_cache_bytes // layout.block_bytes
     if num_blocks < 2:
         raise ConfigError(
@@ -61,10 +64,10 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
             f"give at least {2 * layout.block_bytes}"
         )
     number = f" {args.shard.rank}" if args.shard.dims.world > 1 else ""
-    return Runner.load(
+    runner = Runner.load(
         folder,
         shape,
-        args.role,
+        args.weights_role,
         dtype=dtype,
         device=process.choose_device(settings.device),
         num_blocks=num_blocks,
@@ -77,6 +80,7 @@ def load_runner(args: RankArgs, place: Place) -> Runner:
         kv_dtype=settings.kv_dtype,
         progress=ByteProgress(f"{args.model}, {args.role}{number}: weights", sys.stderr),
     )
+    return dataclasses.replace(runner, rejects_nan=settings.poison_freed_blocks)
 
 
 def load_follower(
@@ -91,7 +95,9 @@ def load_follower(
     if runner.kv.data.shape[4] == num_kv_heads:
         return runner, None
     part = SliceOf(num_kv_heads, place.tp.rank, place.tp.size)
-    return runner, Follower(runner.kv, part, args.config.transport.piece_bytes, connect)
+    num_slots = host_blocks(args, ModelConfig.from_folder(args.config.model(args.model).path))
+    memory = HostMemory(runner.kv.data, num_slots) if num_slots else None
+    return runner, Follower(runner.kv, part, args.config.transport.piece_bytes, connect, memory)
 
 
 def load_worker(args: RankArgs, place: Place, emit: Callable[[list[Outcome]], None]) -> Worker:
@@ -99,7 +105,7 @@ def load_worker(args: RankArgs, place: Place, emit: Callable[[list[Outcome]], No
     config, settings, folder = args.config, _settings(args), args.config.model(args.model).path
     shape = ModelConfig.from_folder(folder)
     return Worker(
-        load_runner(args, place),
+        EmulatedRunner.of(load_runner(args, place), settings.emulate),
         shape,
         WorkerSettings(
             block_size=settings.block_size,
@@ -109,11 +115,28 @@ def load_worker(args: RankArgs, place: Place, emit: Callable[[list[Outcome]], No
             reserve_output_tokens=config.router.reserve_output_tokens,
             lease_timeout_s=config.router.lease_timeout_s,
             piece_bytes=config.transport.piece_bytes,
-            can_encode=args.role != "decode",
+            can_encode=args.weights_role != "decode",
+            host_blocks=host_blocks(args, shape),
+            poison_freed_blocks=settings.poison_freed_blocks,
         ),
         emit,
         lambda: Compiler(load_vocabulary(folder, shape.text.vocab_size)),
     )
+
+
+def _layout(args: RankArgs, shape: ModelConfig) -> KVLayout:
+    """Of this rank's own KV heads."""
+    settings = _settings(args)
+    dims = args.shard.dims
+    return KVLayout.from_model(shape, settings.block_size, settings.kv_dtype_of(shape.dtype), dims.tp)
+
+
+def host_blocks(args: RankArgs, shape: ModelConfig) -> int:
+    """Blocks that the memory behind the KV cache holds; raises ConfigError where it is too small for one."""
+    given, block_bytes = _settings(args).host_cache_bytes, _layout(args, shape).block_bytes
+    if 0 < given < block_bytes:
+        raise ConfigError(f"host_cache_bytes = {given} holds no block of {block_bytes} bytes; give at least that, or 0")
+    return given // block_bytes
 
 
 def _settings(args: RankArgs) -> EngineConfig:

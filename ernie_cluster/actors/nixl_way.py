@@ -21,7 +21,7 @@ from typing import Any
 import ray
 import torch
 
-from ernie_cluster.config.cluster import TransportConfig
+from ernie_cluster.config.transport import TransportConfig
 from ernie_cluster.errors import ConfigError, TransferFailed
 from ernie_cluster.transport.base import Message, Payload
 from ernie_cluster.transport.object_store import Deliver, ObjectStoreChannel, ObjectStoreReceiver

@@ -6,15 +6,21 @@ It decides nothing: `policy.routing` says whether there is a path, `policy.waiti
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
+from collections.abc import Mapping
 
 from ernie_cluster.actors import background
-from ernie_cluster.config.cluster import RouterConfig
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.errors import Aborted
 from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.books import Books
+from ernie_cluster.policy.breakers import Breakers
+from ernie_cluster.policy.fleet import Fleet
+from ernie_cluster.policy.forecast import Forecasts, Outlook, too_late
 from ernie_cluster.policy.routing import Path, choose_path
-from ernie_cluster.policy.waiting import Ticket, WaitingRoom, drain_s
+from ernie_cluster.policy.trust import to_avoid
+from ernie_cluster.policy.waiting import Held, Ticket, WaitingRoom, drain_s
 
 _PAUSE_S = 0.02
 """Between two looks at the books while somebody waits."""
@@ -26,11 +32,16 @@ class Queue:
     Args:
         books: what there is; what is given out is booked.
         limits: how many may wait, and how long.
+        forecasts: of when answers begin and end; who cannot be served in time is told so at once.
+        breakers: who has failed too often.
         settled_s: a router does not know all replicas before this, so until then even those wait who may not.
     """
 
-    def __init__(self, books: Books, limits: RouterConfig, settled_s: float) -> None:
-        self._books, self._limits, self._settled_s = books, limits, settled_s
+    def __init__(
+        self, books: Books, limits: RouterConfig, forecasts: Forecasts, breakers: Breakers, settled_s: float
+    ) -> None:
+        self._books, self._limits, self._forecasts, self._settled_s = books, limits, forecasts, settled_s
+        self._breakers = breakers
         self._room = WaitingRoom(limits)
         self._waiters: dict[str, asyncio.Future[Path]] = {}
         self._lease_s: dict[str, float] = {}
@@ -40,6 +51,10 @@ class Queue:
         """How many wait."""
         return len(self._room)
 
+    def held(self) -> Mapping[str, Held]:
+        """Those who wait, by model."""
+        return self._room.held()
+
     async def place(self, ticket: Ticket, lease_s: float) -> Path:
         """Decide the path of a request and book it.
 
@@ -48,7 +63,7 @@ class Queue:
 
         Raises:
             ContextTooLong: it fits nowhere, ever.
-            Overloaded: nowhere now, and it may not wait, or has waited for as long as it may.
+            Overloaded: nowhere now, and it may not wait, or has waited for as long as it may; or not in time.
             Aborted: it was given up.
         """
         now_s = time.monotonic()
@@ -57,7 +72,7 @@ class Queue:
         if isinstance(found, Path):
             return found
         may_wait = now_s < max(ticket.give_up_s, self._settled_s) and found.retry_after_s is not None
-        if not (may_wait and self._room.enter(ticket)):
+        if found.is_late or not (may_wait and self._room.enter(ticket)):
             raise found.to_error()
         waiter: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
         self._waiters[ticket.key] = waiter
@@ -71,6 +86,14 @@ class Queue:
             self._waiters.pop(ticket.key, None)
             self._lease_s.pop(ticket.key, None)
 
+    def knock(self, ticket: Ticket) -> Refusal | None:
+        """Why such a request would be refused now, None where it would not be, or may wait; books nothing."""
+        now_s = time.monotonic()
+        if now_s < max(ticket.give_up_s, self._settled_s):
+            return None
+        found = self._look(ticket, now_s)
+        return found if isinstance(found, Refusal) and found.retry_after_s is not None else None
+
     def give_up(self, key: str) -> None:
         """Nobody wants this place any more; harmless when nobody waits for it."""
         waiter = self._waiters.get(key)
@@ -83,9 +106,10 @@ class Queue:
             for model in self._room.models:
                 self._serve_model(model)
             now_s = time.monotonic()
-            for ticket in self._room.expired(now_s):
-                if now_s >= self._settled_s:
-                    self._end(ticket, self._refused(ticket))
+            if now_s >= self._settled_s:
+                for ticket in self._room.expired(now_s) + self._room.hopeless(self._books.fleet(now_s), now_s):
+                    if ticket.key in self._room:
+                        self._end(ticket, self._refused(ticket))
             await asyncio.sleep(_PAUSE_S)
 
     def _serve_model(self, model: str) -> None:
@@ -95,7 +119,7 @@ class Queue:
                 self._room.leave(ticket.key)
                 continue
             found = self._decide(ticket, self._lease_s[ticket.key])
-            if isinstance(found, Refusal) and found.retry_after_s is not None:
+            if isinstance(found, Refusal) and found.retry_after_s is not None and not found.is_late:
                 return
             self._end(ticket, found)
 
@@ -109,17 +133,35 @@ class Queue:
 
     def _decide(self, ticket: Ticket, lease_s: float) -> Path | Refusal:
         now_s = time.monotonic()
-        fleet = self._books.fleet(now_s)
-        found = choose_path(ticket.demand, fleet, self._limits, exclude=ticket.exclude)
-        if isinstance(found, Path):
-            self._books.promise(ticket.key, found.promises, now_s + lease_s)
-            self._room.charge(ticket.demand)
-        return found
+        found = self._look(ticket, now_s)
+        if isinstance(found, Refusal):
+            return found
+        path, outlook = found
+        self._books.promise(ticket.key, path.promises, now_s + lease_s)
+        self._forecasts.keep(ticket.key, outlook)
+        self._breakers.chosen([promise.replica_id for promise in path.promises], now_s)
+        self._room.charge(ticket.demand)
+        return dataclasses.replace(path, ttft_s=outlook.ttft_s)
+
+    def _look(self, ticket: Ticket, now_s: float) -> tuple[Path, Outlook] | Refusal:
+        """What could be booked now."""
+        demand, fleet = ticket.demand, self._books.fleet(now_s)
+        path = choose_path(demand, fleet, self._limits, exclude=self._to_avoid(ticket, fleet, now_s))
+        if isinstance(path, Refusal):
+            return path
+        worked_off_s = self._books.worked_off_s(path.prefill, now_s)
+        outlook = self._forecasts.outlook(demand, path, fleet, worked_off_s)
+        return too_late(demand, path, outlook, fleet, ticket.deadline_s - now_s, self._limits) or (path, outlook)
+
+    def _to_avoid(self, ticket: Ticket, fleet: Fleet, now_s: float) -> frozenset[str]:
+        shunned = self._books.suspects(now_s) | self._breakers.open(now_s)
+        return to_avoid(fleet, ticket.demand.model, ticket.exclude, shunned)
 
     def _refused(self, ticket: Ticket) -> Refusal:
         """What it is told that has to go: when its turn would come."""
-        fleet = self._books.fleet(time.monotonic())
-        found = choose_path(ticket.demand, fleet, self._limits, exclude=ticket.exclude)
+        now_s = time.monotonic()
+        fleet = self._books.fleet(now_s)
+        found = choose_path(ticket.demand, fleet, self._limits, exclude=self._to_avoid(ticket, fleet, now_s))
         before_s = drain_s(fleet, ticket.demand.model, self._room.work_before(ticket))
         if isinstance(found, Path):
             return Refusal(f"{ticket.demand.model!r}: others wait before it", max(self._limits.retry_after_s, before_s))

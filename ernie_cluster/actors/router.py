@@ -10,33 +10,50 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
-from ernie_cluster.actors import background
-from ernie_cluster.actors.direct import Address, DirectPeer, DirectServer
-from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo, Route, Told
+from ernie_cluster.actors import background, fault_desk, process
+from ernie_cluster.actors.direct import Address, DirectServer, Method
+from ernie_cluster.actors.messages import NAMESPACE, Ended, ReplicaInfo, Route
+from ernie_cluster.actors.operations import Operations
 from ernie_cluster.actors.queue import Queue
+from ernie_cluster.actors.roster import Roster
+from ernie_cluster.actors.scaler import Scaler, ServeState
+from ernie_cluster.actors.visits import Bookings
 from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
+from ernie_cluster.api.operator import ClusterView, DecisionView, FaultsView, Order, ReplicaView
+from ernie_cluster.config.checks import label_selector
 from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.errors import Overloaded
+from ernie_cluster.faults import FaultOrder, Faults
 from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.books import Books
+from ernie_cluster.policy.breakers import Breakers
 from ernie_cluster.policy.encoding import choose_encoder
-from ernie_cluster.policy.snapshot import Demand, ReplicaSnapshot
+from ernie_cluster.policy.forecast import Forecasts
+from ernie_cluster.policy.scaling.observe import Observer
+from ernie_cluster.policy.scaling.plan import Plan
+from ernie_cluster.policy.snapshot import Demand, Promise, ReplicaSnapshot
+from ernie_cluster.policy.trust import to_avoid
 from ernie_cluster.policy.waiting import Ticket
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _SETTLE_S = 3.0
 """A router that has just started refuses nobody: replicas register once a second, so it cannot know them all yet."""
 _SETTLE_PAUSE_S = 0.1
+_EXPERTS_TIMEOUT_S = 5.0
+"""For what only the ranks know."""
 _IDLE_EXIT_S = 60.0
 """A router that nobody registers with or asks for this long belongs to no application any more."""
+
+_RENEWALS = 20
+_RENEWAL_PAUSE_S = 0.2
+_RENEWAL_TIMEOUT_S = 5.0
 
 
 def router_name(app: str) -> str:
@@ -52,8 +69,27 @@ def find_router(app: str, config: ClusterConfig) -> Any:
         lifetime="detached",
         max_restarts=-1,
         num_cpus=0,
+        label_selector=label_selector(config.api.node_labels),
         scheduling_strategy="DEFAULT",  # not in the placement group of the replica that misses it, to go with it
     ).remote(config)
+
+
+def renew_router(app: str, config: ClusterConfig) -> Any:
+    """The router, for a replica that has just started and so has the configuration that holds now.
+
+    One that was made with another ends, and the next knows all replicas within a second, as after any other end.
+    """
+    for _ in range(_RENEWALS):
+        router = find_router(app, config)
+        try:
+            if ray.get(router.has.remote(config), timeout=_RENEWAL_TIMEOUT_S):
+                break
+            log.info("the router has another configuration: another one begins")
+            ray.kill(router)
+        except (RayActorError, GetTimeoutError) as e:
+            log.info("the router is not there, looking for it again: %s", e)
+        time.sleep(_RENEWAL_PAUSE_S)
+    return router
 
 
 @ray.remote
@@ -61,42 +97,62 @@ class Router:
     """See the module."""
 
     def __init__(self, config: ClusterConfig) -> None:
+        process.log_lines()
         self._config, self._limits = config, config.router
-        self._books = Books(self._limits.heartbeat_timeout_s)
-        self._replicas: dict[str, ReplicaInfo] = {}
-        self._watchers: dict[str, asyncio.Task[None]] = {}
+        self._faults = Faults.of(config.faults, "router", "router")
+        self._books = Books(self._limits.heartbeat_timeout_s, self._limits.lease_timeout_s)
+        self._breakers = Breakers(self._limits)
+        self._roster = Roster(self._books, config)
         self._started_s = self._last_seen_s = time.monotonic()
-        self._queue = Queue(self._books, self._limits, settled_s=self._started_s + _SETTLE_S)
-        self._idle_watch: asyncio.Task[None] | None = None
+        self._forecasts = Forecasts(self._limits)
+        self._queue = Queue(
+            self._books, self._limits, self._forecasts, self._breakers, settled_s=self._started_s + _SETTLE_S
+        )
+        self._observer = Observer(self._started_s)
+        self._scaler = Scaler(config, self._roster, self._observer, self._queue.held)
+        self._operations = Operations(config, self._books, self._roster, self._scaler)
+        self._complete: set[str] = set()
+        """Models that have had a replica of every kind."""
+        self._tasks: list[asyncio.Task[None]] = []
         self._address: asyncio.Task[Address] | None = None
+        process.started()
+
+    async def has(self, config: ClusterConfig) -> bool:
+        """Whether this is its configuration."""
+        self._touch()
+        return config == self._config
 
     async def address(self) -> Address:
         """Where it takes direct calls; a router that was started again has another one."""
         self._touch()
         if self._address is None:
             calls = (
-                self.acquire, self.acquire_encoder, self.opened, self.release, self.lost, self.status, self.loads,
-                self.experts,
+                self.acquire, self.knock, self.acquire_encoder, self.opened, self.release, self.lost, self.status, self.loads,
+                self.experts, self.cluster, self.decisions, self.order, self.faults,
             )  # fmt: skip
-            server = DirectServer({call.__name__: call for call in calls})
+            methods: Mapping[str, Method] = {call.__name__: call for call in calls}
+            methods = methods if self._faults is None else self._faults.guard("router", methods)
+            server = DirectServer(methods, Bookings(methods, self._let_go).visit)
             self._address = background.start(server.start(ray.util.get_node_ip_address()))
         return await self._address
 
-    async def register(self, info: ReplicaInfo) -> None:
-        """A replica is there, or still there; called every second by each."""
+    async def register(self, info: ReplicaInfo) -> bool:
+        """A replica is there, or still there; called every second by each. True: it is to end now."""
         self._touch()
-        known = self._replicas.get(info.replica_id)
-        if known is not None and known.incarnation == info.incarnation:
-            return
-        log.info("%s %s is there (incarnation %s)", info.role, info.replica_id, info.incarnation)
-        self._forget(info.replica_id)
-        self._replicas[info.replica_id] = info
-        self._watchers[info.replica_id] = background.start(self._watch(info))
+        if self._faults is not None:
+            await self._faults.meet_async("router.register")
+        self._roster.register(info)
+        return self._scaler.may_end(info.gang)
 
     async def deregister(self, replica_id: str) -> None:
         """A replica is going away: no new work for it."""
         self._touch()
-        self._forget(replica_id)
+        self._roster.forget(replica_id)
+
+    async def exchange(self, serve: ServeState, kept: Plan | None) -> Plan | None:
+        """See `Scaler.exchange`."""
+        self._touch()
+        return self._scaler.exchange(serve, kept)
 
     async def acquire(self, key: str, demand: Demand, exclude: Sequence[str], timeout_s: float) -> Route:
         """Decide the whole path of one attempt and book it.
@@ -111,18 +167,36 @@ class Router:
         """
         self._touch()
         self._books.release(key)
-        ticket = Ticket.of(key, demand, frozenset(exclude), self._limits, time.monotonic())
-        path = await self._queue.place(ticket, timeout_s)
-        while not self._replicas.keys() >= {promise.replica_id for promise in path.promises}:  # lost since then
+        wake_up_s = self._config.wake_up_s(demand.model) if self._scaler.sleeps(demand.model) else 0.0
+        ticket = Ticket.of(key, demand, frozenset(exclude), self._limits, time.monotonic(), wake_up_s)
+        try:
+            path = await self._queue.place(ticket, timeout_s)
+        except Overloaded:
+            self._observer.offered(demand, None)
+            raise
+        self._observer.offered(demand, path.promises)
+        infos = self._roster.infos
+        while not infos.keys() >= {promise.replica_id for promise in path.promises}:  # lost since then
             self._books.release(key)
             path = await self._queue.place(ticket, timeout_s)
         log.debug("%s: %s", key, "; ".join(path.reasons))
         return Route(
             path,
-            self._replicas[path.encoder] if path.encoder else None,
-            self._replicas[path.prefill],
-            None if path.is_mixed else self._replicas[path.decode],
+            tuple(infos[share.encoder] for share in path.encoders),
+            infos[path.prefill],
+            None if path.is_mixed else infos[path.decode],
+            infos.get(path.fetch.source) if path.fetch else None,
         )
+
+    async def knock(self, demand: Demand) -> None:
+        """Raises Overloaded for what would be refused now and may not wait; books nothing."""
+        self._touch()
+        if self._scaler.sleeps(demand.model):
+            return
+        refusal = self._queue.knock(Ticket.of("", demand, frozenset(), self._limits, time.monotonic()))
+        if refusal is not None:
+            self._observer.offered(demand, None)
+            raise refusal.to_error()
 
     async def acquire_encoder(self, key: str, demand: Demand, exclude: Sequence[str], timeout_s: float) -> ReplicaInfo:
         """Decide which vision replica encodes pictures that belong to no prompt, and book it.
@@ -131,41 +205,63 @@ class Router:
         """
         self._touch()
         self._books.release(key)
-        promise = await self._settled(partial(choose_encoder, demand), exclude)
+        promise = await self._encoder(demand, exclude)
+        self._breakers.chosen((promise.replica_id,), time.monotonic())
         self._books.promise(key, (promise,), time.monotonic() + timeout_s)
-        return self._replicas[promise.replica_id]
+        return self._roster.infos[promise.replica_id]
 
     async def opened(self, key: str, replica_ids: Sequence[str]) -> None:
         """The replicas hold now what was booked; their own next snapshots will show it."""
         for replica_id in replica_ids:
             self._books.confirm(key, replica_id, time.monotonic())
 
-    async def release(self, keys: Sequence[str]) -> None:
-        """Attempts that are over."""
-        for key in keys:
-            self._books.release(key)
-            self._queue.give_up(key)
+    async def release(self, model: str, attempts: Sequence[Ended]) -> None:
+        """Attempts of one model's requests that are over."""
+        for ended in attempts:
+            self._observer.ended(model, ended.ttft_s, ended.tpot_s)
+            self._forecasts.learn(ended.key, ended.path_ttft_s, ended.tpot_s, ended.output_tokens)
+            self._let_go(ended.key)
+            for replica_id in ended.served:
+                self._breakers.succeeded(replica_id)
 
-    async def lost(self, replica_id: str) -> None:
-        """A client could not reach a replica: no work for it until it answers again."""
-        self._forget(replica_id)
+    def _let_go(self, key: str) -> None:
+        """What is booked under a key, or waits to be."""
+        self._books.release(key)
+        self._queue.give_up(key)
+
+    async def lost(self, replica_id: str) -> bool:
+        """A client could not reach a replica, or its engine failed: no work for it until it answers again, where others
+        can do it. True: it has failed so often that it is left alone for a while even then."""
+        self._roster.suspect(replica_id)
+        return self._breakers.failed(replica_id, time.monotonic())
 
     async def replicas(self) -> list[tuple[ReplicaInfo, ReplicaSnapshot | None]]:
         """All that is known, for status pages and tests."""
         view = {s.replica_id: s for s in self._books.view(time.monotonic())}
-        return [(info, view.get(key)) for key, info in sorted(self._replicas.items())]
+        return [(info, view.get(key)) for key, info in sorted(self._roster.infos.items())]
 
     async def status(self) -> list[ModelStatus]:
         """Which models have a replica of every role that they need."""
         self._touch()
-        view = self._books.view(time.monotonic())
-        out = []
-        for model in self._config.models:
-            roles = {s.role for s in view if s.model == model.name and s.is_usable}
-            missing = [p.role for p in model.pools if p.role not in roles]
-            detail = "waiting for a replica of: " + ", ".join(missing) if missing else ""
-            out.append(ModelStatus(model.name, not missing, detail))
-        return out
+        return self._status()
+
+    async def cluster(self) -> ClusterView:
+        """See `api.operator.Operations`, and so the next two."""
+        self._touch()
+        return self._operations.cluster(self._status(), time.monotonic())
+
+    async def decisions(self) -> list[DecisionView]:
+        self._touch()
+        return self._operations.decisions()
+
+    async def order(self, order: Order) -> ReplicaView:
+        self._touch()
+        return await self._operations.order(order, time.monotonic())
+
+    async def faults(self, order: FaultOrder) -> FaultsView:
+        """See `fault_desk.obey`."""
+        self._touch()
+        return await fault_desk.obey(order, self._faults, self._roster.infos)
 
     async def loads(self) -> list[ReplicaLoad]:
         """What each replica that takes new work has to do."""
@@ -189,8 +285,10 @@ class Router:
     async def experts(self) -> list[ReplicaExperts]:
         """Use and place of every expert of each replica that takes new work and has some."""
         self._touch()
-        infos = [self._replicas[s.replica_id] for s in self._books.view(time.monotonic()) if s.is_usable and s.experts]
-        async with asyncio.timeout(self._limits.heartbeat_timeout_s):
+        infos = [
+            self._roster.infos[s.replica_id] for s in self._books.view(time.monotonic()) if s.is_usable and s.experts
+        ]
+        async with asyncio.timeout(_EXPERTS_TIMEOUT_S):
             layers = await asyncio.gather(*(ray.get_actor(i.actor_name, NAMESPACE).experts.remote() for i in infos))
         return [ReplicaExperts(i.model, i.role, i.replica_id, own) for i, own in zip(infos, layers, strict=True)]
 
@@ -199,72 +297,42 @@ class Router:
         self._books.check()
         return self._books.num_promises
 
-    async def _settled(self, choose: Callable[..., T | Refusal], exclude: Sequence[str]) -> T:
+    async def _encoder(self, demand: Demand, exclude: Sequence[str]) -> Promise:
         """What the policy decides now, or while this router is young: soon; raises its refusal."""
         while True:
-            found = choose(self._books.fleet(time.monotonic()), self._limits, exclude=frozenset(exclude))
+            now_s = time.monotonic()
+            fleet = self._books.fleet(now_s)
+            shunned = self._books.suspects(now_s) | self._breakers.open(now_s)
+            avoid = to_avoid(fleet, demand.model, exclude, shunned)
+            found = choose_encoder(demand, fleet, self._limits, exclude=avoid)
             if not isinstance(found, Refusal):
                 return found
             if time.monotonic() - self._started_s > _SETTLE_S:
                 raise found.to_error()
             await asyncio.sleep(_SETTLE_PAUSE_S)
 
+    def _status(self) -> list[ModelStatus]:
+        now_s = time.monotonic()
+        suspects = self._books.suspects(now_s)
+        view = [s for s in self._books.view(now_s) if s.replica_id not in suspects]
+        out = []
+        for model in self._config.models:
+            if self._scaler.was_put_to_sleep(model.name):
+                self._complete.add(model.name)  # or a router before this one would not have
+            if model.name in self._complete and self._scaler.sleeps(model.name):
+                out.append(ModelStatus(model.name, True, "asleep; the next request wakes it"))
+                continue
+            missing = model.missing({s.role for s in view if s.model == model.name and s.is_usable})
+            detail = "waiting for a replica of: " + ", ".join(missing) if missing else ""
+            out.append(ModelStatus(model.name, not missing, detail))
+            if not missing:
+                self._complete.add(model.name)
+        return out
+
     def _touch(self) -> None:
         self._last_seen_s = time.monotonic()
-        if self._idle_watch is None:
-            self._idle_watch = background.start(self._exit_when_idle())
-
-    def _forget(self, replica_id: str) -> None:
-        self._replicas.pop(replica_id, None)
-        self._books.forget(replica_id)
-        watcher = self._watchers.pop(replica_id, None)
-        if watcher is not None:
-            watcher.cancel()
-
-    async def _watch(self, info: ReplicaInfo) -> None:
-        """Ask one replica what is new, over and over; forget it when it does not answer in time."""
-        peer: DirectPeer | None = None
-        try:
-            peer = await DirectPeer.connect(info.address, info.replica_id)
-            while True:
-                asked = time.monotonic()
-                async with asyncio.timeout(self._limits.heartbeat_timeout_s):
-                    told: Told = await peer.call("tell", self._books.seen(info.replica_id))
-                now = time.monotonic()
-                age_s = max(0.0, now - asked - told.held_s)
-                self._books.report(self._snapshot(info, told.load, age_s), now)
-                self._books.cached(info.replica_id, told.cached)
-                await asyncio.sleep(self._limits.snapshot_interval_s)
-        except asyncio.CancelledError:
-            raise
-        except Exception as e:  # dead, stuck, or its engine has stopped: it registers again when it is well
-            log.warning("%s does not answer: %s", info.replica_id, e)
-            self._watchers.pop(info.replica_id, None)
-            self._forget(info.replica_id)
-        finally:
-            if peer is not None:
-                await peer.close()
-
-    def _snapshot(self, info: ReplicaInfo, load: Load, age_s: float) -> ReplicaSnapshot:
-        return ReplicaSnapshot(
-            replica_id=info.replica_id,
-            model=info.model,
-            role=info.role,
-            node_id=info.node_id,
-            incarnation=info.incarnation,
-            is_ready=True,
-            is_draining=False,
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            waiting_tokens=load.waiting_tokens,
-            free_blocks=load.free_blocks,
-            total_blocks=load.total_blocks,
-            block_size=self._config.model(info.model).engine.block_size,
-            age_s=age_s,
-            experts=load.experts,
-            rates=load.rates,
-            token_bytes=load.token_bytes,
-        )
+        if not self._tasks:
+            self._tasks = [background.start(self._exit_when_idle()), background.start(self._scaler.run())]
 
     async def _exit_when_idle(self) -> None:
         while (left_s := self._last_seen_s + _IDLE_EXIT_S - time.monotonic()) > 0:  # noqa: ASYNC110

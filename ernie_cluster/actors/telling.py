@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from ernie_cluster.actors.messages import Load, Told
-from ernie_cluster.config.cluster import RouterConfig
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.deltas import Delta
 
 _QUIET_S = 1.0

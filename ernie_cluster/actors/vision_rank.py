@@ -1,7 +1,9 @@
 """The actor that encodes: ViT and resampler, a cache of embeddings by content hash, and channels to prefill replicas.
 
 A task claims its place at the prefill replica first; the answer names the pictures that are still wanted there (the
-prefix cache may cover some). Pictures are encoded one at a time in one thread; embeddings follow at once.
+prefix cache may cover some). Pictures are encoded in one thread, those of all requests in turn and videos in pieces, so that
+none waits for a whole video of another's; those that are cached need not wait. Embeddings follow at once. Further pictures of
+the request may be another replica's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import ray
@@ -21,14 +24,22 @@ from numpy.typing import NDArray
 from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Receivers, open_gpu, open_nixl, receive
 from ernie_cluster.actors.direct import DirectServer
-from ernie_cluster.actors.messages import EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
+from ernie_cluster.actors.duty import Duty
+from ernie_cluster.actors.messages import Batch, EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
+from ernie_cluster.actors.notice import Notice
+from ernie_cluster.actors.parting import Parting
 from ernie_cluster.actors.telling import Teller
+from ernie_cluster.config.pool import Role
 from ernie_cluster.deltas import Delta
-from ernie_cluster.errors import Aborted, TransferFailed
+from ernie_cluster.errors import Aborted, ReplicaDraining, TransferFailed
+from ernie_cluster.faults import FaultOrder, Faults, FaultState
+from ernie_cluster.policy.scaling.observe import Work
 from ernie_cluster.policy.snapshot import Rates
 from ernie_cluster.request import MediaInput, Span
 from ernie_cluster.transport.base import Channel, Message, PieceHeader, Reply
 from ernie_cluster.transport.payload import fill
+
+_IDLE_PAUSE_S = 0.02
 
 
 class _NoSink:
@@ -51,31 +62,40 @@ class VisionRank:
     def __init__(self, args: RankArgs) -> None:
         process.share_interpreter()
         process.log_lines()
-        self._args = args
+        self._args, self._duty = args, Duty(args)
+        self._faults = Faults.of(args.config.faults, args.role, args.actor_name)
+        self._parting = Parting(self._duty, self._part, self._stay)
+        self._is_parting = False
+        self._running: set[str] = set()
+        self._aborted: set[str] = set()
+        self._waiting_tokens = 0
+        self._twins: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+        """By content hash: held by whoever encodes it."""
 
     async def load(self, meeting: Meeting | None) -> None:
         """Load the weights; a vision replica has one rank, so there is nobody to meet."""
         start, config = time.perf_counter(), self._args.config
         from ernie_cluster.actors.encoder import Encoder  # torch, which the conductor need not import
+        from ernie_cluster.engine.niceness import give_way
 
         nixl = open_nixl(config.transport)  # before anything is loaded, for it may not be there
         self._encoder = Encoder.load(config, self._args.model, self._args.num_cpus)
         gpu = open_gpu(_NoSink(), self._encoder.device, config.transport)
-        self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport, gpu, nixl)
+        self._receivers = Receivers(_NoSink(), self._args.actor_name, config.transport, gpu, nixl, self._faults)
         self._channels = self._receivers.channels()
         teller = Teller(self._now, self._cached, config.router)
-        calls = (self.encode, self.embed, self.abort, teller.tell)
-        self._server = DirectServer({call.__name__: call for call in calls})
+        calls = (self.encode, self.embed, self.abort, self.poll, teller.tell, self.become, self.drain)
+        methods = {call.__name__: call for call in calls}
+        self._server = DirectServer(methods if self._faults is None else self._faults.guard("replica", methods))
         self._piece_bytes = config.transport.piece_bytes
         self._timeout_s = config.router.lease_timeout_s
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
-        self._running: set[str] = set()
-        self._aborted: set[str] = set()
-        self._waiting_tokens = 0
+        self._thread = ThreadPoolExecutor(1, "encoder", initializer=give_way, initargs=(self._encoder.device,))
+        process.started()
         self._load_s = time.perf_counter() - start
 
     async def ready(self) -> Ready:
         """Answers once the weights are loaded."""
+        self._notice = Notice(self._given_notice)
         address = await self._server.start(ray.util.get_node_ip_address())
         node_id = ray.get_runtime_context().get_node_id()
         return Ready(address, self._receivers.endpoint, node_id, os.getpid(), self._load_s)
@@ -86,8 +106,9 @@ class VisionRank:
         Raises:
             TransferFailed: the prefill replica does not wait for this attempt.
             ReplicaLost: it is gone.
+            ReplicaDraining: this replica parts with what it has.
         """
-        with self._at_work(task.request_id, task.media):
+        with self._at_work(task.request_id, list(task.media.values())):
             return await self._encode(task)
 
     async def embed(self, request_id: str, media: MediaInput) -> NDArray[np.float32]:
@@ -96,13 +117,36 @@ class VisionRank:
         Raises:
             Aborted: nobody waits for it any more.
             EngineFailed: as of `Encoder.pooled`.
+            ReplicaDraining: as of `encode`.
         """
         with self._at_work(request_id, [media]):
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._pooled, request_id, media)
+            rows, _ = await self._rows(request_id, media)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._encoder.pool, rows)
 
     async def abort(self, request_ids: list[str]) -> None:
-        """Stop before the next picture of these requests."""
+        """Stop before the next picture of these requests, or piece of a video."""
         self._aborted.update(self._running.intersection(request_ids))
+
+    async def poll(self, client_id: str, acknowledged: int) -> Batch:
+        """Nothing but a sign of life, while the encoder's thread may be busy: what is encoded goes out elsewhere."""
+        await asyncio.sleep(self._args.config.router.sign_of_life_s)
+        return Batch(acknowledged + 1, ())
+
+    async def become(self, role: Role) -> None:
+        """See `Duty.become`, which refuses."""
+        self._duty.become(role)
+
+    async def drain(self, is_draining: bool, within_s: float | None = None) -> None:
+        """See `Parting.drain`."""
+        self._parting.drain(is_draining, within_s)
+
+    async def leave(self, within_s: float) -> None:
+        """See `Parting.leave`."""
+        self._parting.leave(within_s)
+
+    async def faults(self, order: FaultOrder) -> list[FaultState]:
+        """See `Faults.obey`."""
+        return [] if self._faults is None else self._faults.obey(order)
 
     async def deliver(self, message: Message, refs: list[Any]) -> Message:
         """A message that came through the object store."""
@@ -112,13 +156,18 @@ class VisionRank:
         return self._now()
 
     def _now(self) -> Load:
-        line = self._encoder.pace.line
+        line, done = self._encoder.pace.line, self._encoder.done
         return Load(
             num_running=len(self._running),
             num_waiting=0,
             waiting_tokens=self._waiting_tokens,
             rates=Rates(picture_s=line.fixed_s, media_token_s=line.each_s) if line else Rates(),
             token_bytes=self._encoder.token_bytes,
+            role=self._duty.role,
+            is_draining=self._duty.is_draining,
+            within_s=self._duty.within_s,
+            num_prompts=len(self._running),
+            work=Work(num_prompts=int(done.n), prompt_tokens=int(done.x), reading=done),
         )
 
     def _cached(self, since: int | None) -> Delta:
@@ -136,8 +185,9 @@ class VisionRank:
 
     @contextmanager
     def _at_work(self, request_id: str, media: Sequence[MediaInput]) -> Iterator[None]:
-        """Count a task as load, and let it be aborted, while it runs."""
-        tokens = sum(m.num_tokens for m in media)
+        """Count what of a task is not cached as load, and let it be aborted, while it runs."""
+        self._check_open(request_id)
+        tokens = sum(m.num_tokens for m in media if self._encoder.known(m) is None)
         self._running.add(request_id)
         self._waiting_tokens += tokens
         try:
@@ -147,28 +197,75 @@ class VisionRank:
             self._waiting_tokens -= tokens
             self._aborted.discard(request_id)
 
-    def _pooled(self, request_id: str, media: MediaInput) -> NDArray[np.float32]:
+    async def _rows(self, request_id: str, media: MediaInput) -> tuple[NDArray[np.uint8], bool]:
+        """See `Encoder.embed`. Who wants what is being encoded already waits for that.
+
+        Raises:
+            Aborted: nobody waits for it any more.
+            ReplicaDraining: this replica is leaving.
+        """
+        known = self._encoder.known(media)
+        if known is not None:
+            return known, True
+        async with self._twins.setdefault(media.media_hash, asyncio.Lock()):
+            known = self._encoder.known(media)
+            if known is not None:
+                return known, True
+            loop, steps, rows = asyncio.get_running_loop(), self._encoder.steps(media), None
+            while rows is None:
+                rows = await loop.run_in_executor(self._thread, self._step, request_id, steps)
+            return rows, False
+
+    def _step(self, request_id: str, steps: Iterator[NDArray[np.uint8] | None]) -> NDArray[np.uint8] | None:
         """In the encoder's thread, where it may have waited."""
         if request_id in self._aborted:
             raise Aborted("given up before its turn came")
-        return self._encoder.pooled(media)
+        self._check_open(request_id)
+        return next(steps)
+
+    def _part(self) -> None:
+        self._is_parting = True
+
+    def _stay(self) -> None:
+        self._is_parting = False
+
+    def _check_open(self, request_id: str) -> None:
+        """Before each picture."""
+        if self._is_parting:
+            raise ReplicaDraining(f"request {request_id}: this replica is leaving; another one encodes its pictures")
+
+    async def _given_notice(self) -> None:
+        """This process is to end soon: no more than the picture that is being encoded."""
+        self._parting.leave(0.0)
+        async with asyncio.timeout(self._args.config.router.notice_s):
+            while self._running:  # noqa: ASYNC110  the encoder says so
+                await asyncio.sleep(_IDLE_PAUSE_S)
 
     async def _encode(self, task: EncodeTask) -> EncodeReport:
         channel = await asyncio.to_thread(self._channels.to, task.destination)
-        claim: Message = {"type": "claim", "request_id": task.request_id, "epoch": task.epoch}
+        claim: Message = {
+            "type": "claim", "request_id": task.request_id, "epoch": task.epoch, "media": list(task.media)
+        }  # fmt: skip
         answer = await asyncio.wrap_future(channel.call(claim, self._timeout_s))
         if "error" in answer:
             raise TransferFailed(str(answer["error"]))
-        loop, spans, piece = asyncio.get_running_loop(), [], 0
-        for index in answer["media"]:  # type: ignore[union-attr]
+        spans, piece = [], 0
+        for index in map(int, answer["media"]):  # type: ignore[arg-type]
             if task.request_id in self._aborted:
                 break
-            media = task.media[int(index)]  # type: ignore[arg-type]
-            start = time.time()
-            embeds, is_hit = await loop.run_in_executor(self._thread, self._encoder.embed, media)
+            self._check_open(task.request_id)
+            media, start = task.media[index], time.time()
+            if self._faults is not None:
+                await self._faults.meet_async("vision.encode")
+            try:
+                embeds, is_hit = await self._rows(task.request_id, media)
+            except Aborted:
+                break
             encoded = time.time()
-            piece = await self._send(channel, task, int(index), embeds, piece)  # type: ignore[arg-type]
-            detail = (("picture", int(index) + 1), ("tokens", media.num_tokens), ("cached", int(is_hit)))  # type: ignore[arg-type]
+            if self._faults is not None:
+                await self._faults.meet_async("vision.send")
+            piece = await self._send(channel, task, index, embeds, piece)
+            detail = (("picture", index + 1), ("tokens", media.num_tokens), ("cached", int(is_hit)))
             spans.append(Span("encode", start, encoded - start, detail))
             spans.append(Span("embeddings", encoded, time.time() - encoded, (("bytes", embeds.nbytes),)))
         return EncodeReport(tuple(spans))

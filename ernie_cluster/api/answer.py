@@ -13,13 +13,14 @@ from types import TracebackType
 from typing import Self, cast
 
 from ernie_cluster.api.backend import Backend
+from ernie_cluster.api.limits import MAX_UNREAD_TOKENS
 from ernie_cluster.api.logprobs import ShownToken, ShownTokens
 from ernie_cluster.api.markup import AnswerParser, Pieces
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.processor import Detokenizer, Processor
 from ernie_cluster.api.stops import StopStringFilter
 from ernie_cluster.api.turns import SINGLE_ROUND, Choice, Rounds, Turns
-from ernie_cluster.errors import Aborted, ReplicaError
+from ernie_cluster.errors import Aborted, ReplicaError, SlowClient
 from ernie_cluster.request import FinishReason, GenerationRequest, MediaKind, Span, TokenEvent
 
 TOOL_CALLS = "tool_calls"
@@ -132,15 +133,25 @@ class Answer:
     """Runs all choices of a job side by side; an async context manager that owns their backend iterators.
 
     One task per choice reads the backend as fast as it delivers and merges the text; the owner takes what has
-    gathered when it suits him. A slow client thus costs one string per choice, at most `max_tokens` long.
+    gathered when it suits him. A slow client thus costs one string per choice, of `max_unread_tokens` all together; one
+    that is slower fails with SlowClient.
     Leaving the context, however that happens, aborts what still runs and waits until the backend has let go.
     """
 
-    def __init__(self, backend: Backend, job: Job, processor: Processor, rounds: Rounds = SINGLE_ROUND) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        job: Job,
+        processor: Processor,
+        rounds: Rounds = SINGLE_ROUND,
+        *,
+        max_unread_tokens: int = MAX_UNREAD_TOKENS,
+    ) -> None:
         self._backend = backend
         self._job = job
         self._processor = processor
         self._rounds = rounds
+        self._max_unread_tokens = max_unread_tokens
         self.choices: Sequence[Choice] = [Choice(i, [self._text(i, r)]) for i, r in enumerate(job.requests)]
         self._pending: dict[int, Delta] = {}
         self._num_running = len(self.choices)
@@ -190,6 +201,11 @@ class Answer:
     def _further(self) -> list[ChoiceText]:
         """All rounds but the first."""
         return [text for choice in self.choices for text in choice.rounds[1:]]
+
+    @property
+    def num_unread_tokens(self) -> int:
+        """Output tokens that have come and were not taken."""
+        return sum(delta.num_tokens for delta in self._pending.values())
 
     @property
     def is_over(self) -> bool:
@@ -264,3 +280,5 @@ class Answer:
         else:
             pending.add(delta)
         self._news.set()
+        if self.num_unread_tokens > self._max_unread_tokens:
+            raise SlowClient(f"{self.num_unread_tokens} tokens are unread, the limit is {self._max_unread_tokens}")

@@ -23,7 +23,7 @@ from ernie_cluster.api.anthropic_blocks import (
     UserMessage,
     joined,
 )
-from ernie_cluster.api.schemas import ChatBody, Count, Name, StopString
+from ernie_cluster.api.schemas import ChatBody, Count, Name, Priority, StopString
 from ernie_cluster.api.tool_schemas import EitherTool, OwnTool
 from ernie_cluster.api.translate import Conversation, add_call, add_reasoning, as_chat
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, type_tag, validated
@@ -135,6 +135,9 @@ class MessagesBody(PromptBody):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    priority: Priority | None = None
+    allow_smaller_model: bool | None = None
+    """Ours, both as in a chat."""
 
 
 HARMLESS: dict[str, tuple[Any, ...]] = {"container": (None,), "mcp_servers": (None, []), "prefill": (None,)}
@@ -169,6 +172,8 @@ def read_messages(raw: Mapping[str, Any]) -> tuple[ChatBody, Mapping[str, str]]:
         "top_k": body.top_k,
         "top_p": body.top_p,
         "user": body.metadata.user_id if body.metadata else None,
+        "priority": body.priority,
+        "allow_smaller_model": body.allow_smaller_model,
     }
     return as_chat(fields, conversation), conversation.origins
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ernie_cluster.api.operator import Operations
 from ernie_cluster.config.experts import ExpertUse, LayerExperts
 from ernie_cluster.request import GenerationRequest, MediaInput, TokenEvent
 
@@ -56,7 +57,7 @@ class ReplicaExperts:
     layers: list[LayerExperts]
 
 
-class Backend(Protocol):
+class Backend(Operations, Protocol):
     """Serves requests. One call of `generate` per request; all methods are safe to call concurrently on one loop."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[list[TokenEvent]]:
@@ -68,6 +69,20 @@ class Backend(Protocol):
         Raises:
             Overloaded: nothing was started; come back after `retry_after_s`.
             DeadlineExceeded, ReplicaError: the request ended without an answer, or in the middle of one.
+        """
+        ...
+
+    async def knock(self, model: str, max_tokens: int, priority: int, timeout_s: float) -> None:
+        """Before work is done for a request with pictures: whether it would be refused, however small its prompt.
+
+        Args:
+            model: served name.
+            max_tokens: of its answer, at least.
+            priority: see `GenerationRequest`.
+            timeout_s: what is left of its time.
+
+        Raises:
+            Overloaded: it would be. Nothing else: that it may be served is no promise.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -40,8 +40,13 @@ def check_headers(headers: Headers, limits: ApiLimits) -> None:
         raise _too_large(limits)
 
 
-async def read_body(scope: Scope, receive: Receive, limits: ApiLimits) -> bytes:
+async def read_body(
+    scope: Scope, receive: Receive, limits: ApiLimits, took: Callable[[int], None] = lambda _: None
+) -> bytes:
     """The whole body.
+
+    Args:
+        took: is told how many bytes have come, for each piece; what it raises ends the reading.
 
     Raises:
         HTTPException: 413 too large, 415 not JSON, 408 not there in time.
@@ -61,6 +66,7 @@ async def read_body(scope: Scope, receive: Receive, limits: ApiLimits) -> bytes:
                 if num_bytes > limits.max_body_bytes:
                     raise _too_large(limits)
                 if piece:
+                    took(len(piece))
                     pieces.append(piece)
                 if not message.get("more_body", False):
                     return b"".join(pieces)

@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from ernie_cluster.errors import InvalidRequest
+
+TIMEOUT_HEADER = "x-request-timeout"
+"""Seconds that an answer over HTTP may take; a gRPC call has its own deadline."""
+
+
+def timeout_of(given: str | None, most_s: float) -> float:
+    """What a request may take.
+
+    Args:
+        given: its `TIMEOUT_HEADER`, None without one.
+        most_s: what none may exceed, and those get that say nothing.
+
+    Raises:
+        InvalidRequest: no number of seconds above 0.
+    """
+    if given is None:
+        return most_s
+    try:
+        asked_s = float(given)
+    except ValueError:
+        asked_s = math.nan
+    if not asked_s > 0:
+        raise InvalidRequest(f"{TIMEOUT_HEADER} is {given[:40]!r}; give seconds, more than 0", TIMEOUT_HEADER)
+    return min(asked_s, most_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,12 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ernie_cluster.api.body import read_body
+from ernie_cluster.api.deadline import TIMEOUT_HEADER, timeout_of
 from ernie_cluster.api.generation import Work
 from ernie_cluster.api.guest import guest_of
 from ernie_cluster.api.service import Service
@@ -32,15 +34,22 @@ class Exchange(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, work, wire = self._service, self._work, HttpWire(send)
-        timeout_s = service.limits.request_timeout_s
+        service, work, wire = self._service, self._work, HttpWire(send, self._service.limits.client_idle_timeout_s)
+        timeout_s = timeout_of(Headers(scope=scope).get(TIMEOUT_HEADER), service.limits.request_timeout_s)
         try:
             async with service.request(timeout_s) as meter:
-                body = await read_body(scope, receive, service.limits)
-                await unless_disconnected(receive, work.answer(body, wire, meter, guest_of(scope), timeout_s))
+                guest = guest_of(scope)
+                # no variable holds the body: it is gone when the work has read it, not when the answer is over
+                await unless_disconnected(
+                    receive,
+                    work.answer(
+                        await read_body(scope, receive, service.limits, meter.took), wire, meter, guest, timeout_s
+                    ),
+                )
         except Exception as e:
             if wire.is_broken:
-                return
+                log_error(e)
+                return  # the server closes a connection whose response is not whole
             if not wire.is_stream_open:
                 raise  # the handlers of the app make it a response
             assert work.look is not None

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
 
 from ernie_cluster.api.backend import Backend, ReplicaLoad
+from ernie_cluster.api.cluster_gauges import ClusterGauges
 from ernie_cluster.config.experts import ExpertUse
 from ernie_cluster.errors import ErnieClusterError
 from ernie_cluster.observe.metrics import Metrics
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +25,7 @@ TIMEOUT_S = 2.0
 
 
 class ReplicaGauges:
-    """Asks a backend for its replicas' loads, once for all who look at the same time.
+    """Asks a backend for its replicas' loads and for an operator's view of them, once for all who look at the same time.
 
     Args:
         backend: is asked.
@@ -31,24 +35,22 @@ class ReplicaGauges:
 
     def __init__(self, backend: Backend, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._backend, self._metrics, self._clock = backend, metrics, clock
+        self._cluster = ClusterGauges(metrics)
         self._lock = asyncio.Lock()
         self._asked_s = float("-inf")
         self._pools: set[tuple[str, str]] = set()
         """(model, role) of all replicas that there ever were: a pool that has lost its last one shows 0."""
 
     async def refresh(self) -> None:
-        """Bring the gauges up to date; takes `TIMEOUT_S` at most, and twice that behind another one."""
+        """Bring the gauges up to date; takes twice `TIMEOUT_S` at most, and double that behind another one."""
         async with self._lock:
             if self._clock() - self._asked_s < MAX_AGE_S:
                 return
-            try:
-                async with asyncio.timeout(TIMEOUT_S):
-                    loads = await self._backend.loads()
-            except (TimeoutError, ErnieClusterError) as e:
-                _log.warning("no loads for /metrics: %s", e or "the backend did not tell in time")
-                loads = []
+            loads, view = await asyncio.gather(_told(self._backend.loads), _told(self._backend.cluster))
+            news = await _told(self._backend.decisions) if self._cluster.has_news(view) else None
             self._asked_s = self._clock()
-            self._show(loads)
+            self._show(loads or [])
+            self._cluster.show(view, news or [])
 
     def _show(self, loads: Sequence[ReplicaLoad]) -> None:
         show, ready = self._metrics.replace, Counter((load.model, load.role) for load in loads)
@@ -78,3 +80,13 @@ class ReplicaGauges:
             for modality, tokens in zip(("text", "vision"), use.routed_tokens, strict=False)
         }
         show("ernie_routed_tokens", routed)
+
+
+async def _told(ask: Callable[[], Awaitable[T]]) -> T | None:
+    """What a backend answers; None where it cannot, or not in time."""
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await ask()
+    except (TimeoutError, ErnieClusterError) as e:
+        _log.warning("not on /metrics: %s", e or f"the backend did not answer within {TIMEOUT_S:g} s")
+        return None

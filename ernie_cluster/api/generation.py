@@ -20,7 +20,7 @@ from ernie_cluster.api.dialect import Asked, Dialect, Heading, Presentation
 from ernie_cluster.api.guest import Guest
 from ernie_cluster.api.image_search import check_offer
 from ernie_cluster.api.limits import ApiLimits
-from ernie_cluster.api.media import Fetched, wanted_media
+from ernie_cluster.api.media import Fetched, has_media, wanted_media
 from ernie_cluster.api.prepare import Job, prepare
 from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.rounds import rounds_of, with_default_tools
@@ -81,7 +81,9 @@ class Lookup:
 
     async def answer(self, raw: bytes, wire: Wire, meter: Meter, guest: Guest, timeout_s: float) -> None:
         is_quick = is_small(raw) and not self._has_files
-        await wire.write_whole(await self._service.run(partial(self._query, raw), is_quick))
+        may_have_media = self._has_files or b"base64" in raw
+        told = await self._service.run(partial(self._query, raw), is_quick, has_media=may_have_media)
+        await wire.write_whole(told)
 
 
 class Generation(Generic[R]):
@@ -104,6 +106,7 @@ class Generation(Generic[R]):
         asked = await service.run(partial(self._read, raw), is_quick)
         del raw
         meter.accept(service.processor(asked.body.model).served_name)
+        await self._knock(asked, deadline)
         fetched = {**await self._fetch(asked), **asked.content}
         asked, choice = self._chosen(asked, fetched)
         body = asked.body
@@ -112,21 +115,29 @@ class Generation(Generic[R]):
         heading = Heading(self._dialect.id_prefix + uuid.uuid4().hex, int(start_s), body.model)
         is_quick = is_quick and not body.has_format and not fetched
         job = await service.run(
-            partial(self._prepare, asked, fetched, processor, heading, guest, deadline.left_s), is_quick
+            partial(self._prepare, asked, fetched, processor, heading, guest, deadline.left_s),
+            is_quick,
+            has_media=has_media(body),
         )
-        look = asked.present(heading, job, [Span("preprocess", start_s, time.time() - start_s, choice)])
+        preprocess = Span("preprocess", start_s, time.time() - start_s, choice)
+        meter.timeline.append(preprocess)
+        look = asked.present(heading, job, [preprocess])
         backend = guest.pay(job, service.backend)
         rounds = rounds_of(body, job, processor, service, fetched, deadline, backend)
         del asked, body, fetched
         meter.prepared(job.num_prompt_tokens)
         self.look = look
-        async with Answer(backend, job, processor, rounds) as answer:
+        limits = service.limits
+        async with Answer(backend, job, processor, rounds, max_unread_tokens=limits.max_unread_tokens) as answer:
             if job.is_stream:
-                await write_stream(wire, answer, look, meter, lambda: service.traffic.num_streams)
+                meter.num_unread = lambda: answer.num_unread_tokens
+                await write_stream(wire, answer, look, meter, lambda: service.traffic.num_streams, limits.keep_alive_s)
             else:
                 await write_whole(wire, answer, look, meter)
             meter.further(answer.num_prompt_tokens - job.num_prompt_tokens)
             meter.cached(answer.num_cached_tokens)
+            for chosen in answer.choices:
+                meter.stages(chosen.spans)
             if service.alias is not None and meter.ttft_s is not None:
                 service.alias.saw(meter.model, meter.ttft_s)
 
@@ -141,6 +152,13 @@ class Generation(Generic[R]):
             return asked, ()
         model, reason = alias.choose(**errand_of(asked.body, fetched))
         return replace(asked, body=asked.body.model_copy(update={"model": model})), (("model", model), ("why", reason))
+
+    async def _knock(self, asked: Asked, deadline: Deadline) -> None:
+        """Whom nobody could serve now is told so before his pictures are fetched and decoded. Raises Overloaded."""
+        body = asked.body
+        if has_media(body) and body.model in self._service.processors:  # an alias chooses by what was fetched
+            max_tokens = body.asked_max_tokens[1] or 1
+            await self._service.backend.knock(body.model, max_tokens, body.priority or 0, deadline.left_s)
 
     async def _fetch(self, asked: Asked) -> Fetched:
         try:

@@ -16,8 +16,9 @@ from ernie_cluster.api.exchange import LAST_WORD_TIMEOUT_S, log_error
 from ernie_cluster.api.grpc_door import Visit, visit_here
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.status import grpc_metadata, message_with_field, status_of
-from ernie_cluster.errors import Aborted, DeadlineExceeded, InvalidRequest
+from ernie_cluster.errors import Aborted, DeadlineExceeded, InvalidRequest, SlowClient
 from ernie_cluster.observe.log import bind_caller, bind_request_id
+from ernie_cluster.observe.trace_context import bind_trace
 
 MAX_DETAILS_BYTES = 2000
 """Of an error's words: they travel in a header, in which all headers together may have 8 KiB, and three bytes may stand
@@ -28,10 +29,17 @@ Behaviour = Callable[["Call"], Awaitable[None]]
 
 
 class Call:
-    """One call. It is its own `Wire`: each event is a message."""
+    """One call. It is its own `Wire`: each event is a message.
 
-    def __init__(self, context: grpc.aio.ServicerContext, visit: Visit) -> None:
+    Args:
+        context: grpc's; its writes wait while the client's flow-control window is full.
+        visit: whose call it is.
+        idle_timeout_s: how long one write may wait.
+    """
+
+    def __init__(self, context: grpc.aio.ServicerContext, visit: Visit, idle_timeout_s: float) -> None:
         self._context = context
+        self._idle_timeout_s = idle_timeout_s
         self.visit = visit
 
     @property
@@ -63,9 +71,15 @@ class Call:
     async def write_events(self, events: Sequence[bytes], *, is_last: bool) -> None:
         try:
             for event in events:
-                await self._context.write(event)
+                async with asyncio.timeout(self._idle_timeout_s):
+                    await self._context.write(event)
+        except TimeoutError:
+            raise SlowClient(f"the client has read nothing of its answer for {self._idle_timeout_s:g} s") from None
         except grpc.aio.BaseError:
             raise Aborted("the client left") from None
+
+    async def keep_alive(self) -> None:
+        """HTTP/2 has pings for that, see `grpc_server`."""
 
     def succeed(self) -> None:
         """What is told at the end of an answer."""
@@ -83,13 +97,13 @@ class Call:
                 )
 
 
-def handler(behaviour: Behaviour) -> grpc.RpcMethodHandler:
+def handler(behaviour: Behaviour, limits: ApiLimits) -> grpc.RpcMethodHandler:
     """For a method of any kind: on the wire they differ only in how many messages there are."""
 
     async def serve(_: object, context: grpc.aio.ServicerContext) -> None:
         visit = visit_here()
-        call = Call(context, visit)
-        with bind_request_id(visit.request_id), bind_caller(visit.guest.name):
+        call = Call(context, visit, limits.client_idle_timeout_s)
+        with bind_request_id(visit.request_id), bind_caller(visit.guest.name), bind_trace(visit.trace):
             try:
                 await behaviour(call)
                 call.succeed()

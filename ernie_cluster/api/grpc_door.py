@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -15,6 +15,7 @@ from ernie_cluster.api.guard import Guard
 from ernie_cluster.api.guest import ANYBODY, Guest
 from ernie_cluster.api.middleware import usable_request_id
 from ernie_cluster.errors import RequestError
+from ernie_cluster.observe.trace_context import TRACEPARENT, TraceContext
 
 OPEN = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 """Methods that never need a key."""
@@ -32,11 +33,12 @@ class Visit:
     request_id: str
     error: RequestError | None = None
     """Why he may not come in."""
+    trace: TraceContext = field(default_factory=lambda: TraceContext.under(""))
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Trailing metadata of the call: its id, and what is left to the guest."""
+        """Trailing metadata of the call: its ids, and what is left to the guest."""
         rest = [(name.decode(), value.decode()) for name, value in self.guest.headers()]
-        return (("x-request-id", self.request_id), *rest)
+        return (("x-request-id", self.request_id), (TRACEPARENT, self.trace.header()), *rest)
 
 
 _visit: ContextVar[Visit] = ContextVar("visit")
@@ -53,18 +55,23 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no typ
     Args:
         guard: None lets everybody in.
         refuse: handles the calls of those who may not.
+        sample_ratio: see `Boundary`.
     """
 
-    def __init__(self, guard: Guard | None, refuse: grpc.RpcMethodHandler) -> None:
+    def __init__(self, guard: Guard | None, refuse: grpc.RpcMethodHandler, sample_ratio: float = 0.0) -> None:
         self._guard = guard
         self._refuse = refuse
+        self._sample_ratio = sample_ratio
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        visit = await self._visit_of(handler_call_details)
+        given = dict(handler_call_details.invocation_metadata).get(TRACEPARENT, "")
+        visit = replace(
+            await self._visit_of(handler_call_details), trace=TraceContext.under(str(given), self._sample_ratio)
+        )
         _visit.set(visit)  # each call is a task of its own
         return self._refuse if visit.error else await continuation(handler_call_details)
 

@@ -39,7 +39,10 @@ class Health:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The methods of `Health`."""
-        return grpc.method_handlers_generic_handler(NAME, {"Check": handler(self.check), "Watch": handler(self.watch)})
+        limits = self._service.limits
+        return grpc.method_handlers_generic_handler(
+            NAME, {"Check": handler(self.check, limits), "Watch": handler(self.watch, limits)}
+        )
 
     def close(self) -> None:
         """Not serving any more; ends all watches with this news."""

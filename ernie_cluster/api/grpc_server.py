@@ -25,6 +25,8 @@ from ernie_cluster.errors import ConfigError
 
 GRACE_S = 10.0
 """What running calls get to come to their end."""
+CONNECTION_S = 3600.0
+"""Age at which a client is told to connect anew, and its calls get what a request may take to end."""
 
 
 class GrpcServer:
@@ -58,7 +60,8 @@ class GrpcServer:
 
     async def __aenter__(self) -> Self:
         """Raises ConfigError when nobody can listen there."""
-        door = Door(self._guard, handler(_refuse))
+        refuse = handler(_refuse, self._service.limits)
+        door = Door(self._guard, refuse, self._service.tracer.sample_ratio)
         self._server = grpc.aio.server(interceptors=(door,), options=_options(self._service.limits))
         self._server.add_generic_rpc_handlers((grpc_service.inference(self._service), self._health.handlers()))
         names = (grpc_service.NAME, grpc_health.NAME, reflection.SERVICE_NAME)
@@ -91,6 +94,9 @@ def _options(limits: ApiLimits) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", limits.max_in_flight),  # of one connection
         ("grpc.keepalive_time_ms", 60_000),  # a client that vanished is noticed, and its calls are cancelled
         ("grpc.keepalive_timeout_ms", 20_000),
+        # the end of a call that is not read waits behind its last message for as long as its connection lasts
+        ("grpc.max_connection_age_ms", int(CONNECTION_S * 1000)),
+        ("grpc.max_connection_age_grace_ms", int(limits.request_timeout_s * 1000)),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients may look after us, too
         ("grpc.so_reuseport", 1),  # by the API replicas of one machine
     ]

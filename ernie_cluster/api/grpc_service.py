@@ -16,6 +16,7 @@ from ernie_cluster.api.processor import Processor
 from ernie_cluster.api.protobuf import parse_message
 from ernie_cluster.api.schemas import ChatBody, CompletionBody, prompts_of
 from ernie_cluster.api.service import Service
+from ernie_cluster.api.traffic import Meter
 from ernie_cluster.api.translate import renamed
 from ernie_cluster.errors import DeadlineExceeded, InvalidRequest
 from ernie_cluster.proto.v1 import inference_pb2 as pb
@@ -30,7 +31,7 @@ def inference(service: Service) -> grpc.GenericRpcHandler:
     """The methods of `Inference`."""
     works = _works(service)
     return grpc.method_handlers_generic_handler(
-        NAME, {name: handler(_run(service, work)) for name, work in works.items()}
+        NAME, {name: handler(_run(service, work), service.limits) for name, work in works.items()}
     )
 
 
@@ -55,10 +56,15 @@ def _run(service: Service, make: Callable[[], Work]) -> Behaviour:
                 raise DeadlineExceeded("the deadline had passed when the call arrived")
             timeout_s = min(timeout_s, remaining_s)
         async with service.request(timeout_s) as meter:
-            raw = await call.read(service.limits)
-            await make().answer(raw, call, meter, call.visit.guest, timeout_s)
+            await make().answer(await _message(call, service, meter), call, meter, call.visit.guest, timeout_s)
 
     return behaviour
+
+
+async def _message(call: Call, service: Service, meter: Meter) -> bytes:
+    raw = await call.read(service.limits)
+    meter.took(len(raw))
+    return raw
 
 
 def _tokenize(service: Service, raw: bytes) -> bytes:

@@ -19,7 +19,7 @@ from ernie_cluster.api.salt import tenant_salt
 from ernie_cluster.api.status import status_of
 from ernie_cluster.api.traffic import UNKNOWN_MODEL
 from ernie_cluster.config.keys import ApiKey
-from ernie_cluster.errors import RequestError, Unauthorized
+from ernie_cluster.errors import Forbidden, RequestError, Unauthorized
 from ernie_cluster.observe.log import bind_caller
 from ernie_cluster.observe.metrics import Metrics
 
@@ -28,7 +28,14 @@ _log = logging.getLogger(__name__)
 OPEN = frozenset({"/health", "/ready", "/version"})
 """Routes that never need a key."""
 ADMIN = frozenset({"/metrics", "/debug/experts"})
-"""Routes that need the admin key where there is one, and none where there is not."""
+"""Routes that need the admin key where there is one, and none where there is not; so do those below `ADMIN_FOLDER`."""
+ADMIN_FOLDER = "/admin/"
+"""Where operators look around and give orders; without an admin key see `ApiConfig.takes_keyless_orders`."""
+
+
+def is_admin(path: str) -> bool:
+    """Whether a route is for operators."""
+    return path in ADMIN or path.startswith(ADMIN_FOLDER)
 
 
 class Guard:
@@ -36,7 +43,8 @@ class Guard:
 
     Args:
         ring: the keys; None lets everybody in.
-        admin_sha256: hash of the key for `ADMIN`; None leaves those routes open.
+        admin_sha256: hash of the operators' key, see `is_admin`; None leaves those routes open, but for orders.
+        takes_keyless_orders: whether orders are taken where there is no such key.
         isolate_prefix_cache: each key's prompts and pictures are cached for it alone.
         metrics: counts those who are turned away.
         clock: seconds, not running backwards.
@@ -48,6 +56,7 @@ class Guard:
         ring: KeyRing | None,
         *,
         admin_sha256: str | None,
+        takes_keyless_orders: bool = False,
         isolate_prefix_cache: bool,
         metrics: Metrics,
         clock: Callable[[], float],
@@ -55,6 +64,7 @@ class Guard:
     ) -> None:
         self._ring = ring
         self._admin_sha256 = admin_sha256
+        self._takes_keyless_orders = takes_keyless_orders
         self._isolate = isolate_prefix_cache
         self._metrics = metrics
         self._clock = clock
@@ -63,17 +73,24 @@ class Guard:
 
     def closes(self, path: str) -> bool:
         """Whether a route needs a key."""
-        if path in ADMIN:
+        if is_admin(path):
             return self._admin_sha256 is not None
         return path not in OPEN and self._ring is not None
 
     async def identify(self, scope: Scope) -> Guest:
-        """Raises Unauthorized: the route needs a key, and the request bears none of those that open it."""
+        """Who sent a request.
+
+        Raises:
+            Unauthorized: the route needs a key, and the request bears none of those that open it.
+            Forbidden: an order that needs the admin key, where none is configured.
+        """
         path = scope["path"]
         if path in OPEN or path in self._pages:
             return ANYBODY
-        if path in ADMIN:
-            if self._admin_sha256 is not None and not is_key(_key(scope), self._admin_sha256):
+        if is_admin(path):
+            if self._admin_sha256 is None:
+                self._check_keyless(scope)
+            elif not is_key(_key(scope), self._admin_sha256):
                 raise _wrong_key()
             return ANYBODY
         if self._ring is None:
@@ -86,6 +103,21 @@ class Guard:
     def refused(self, error: RequestError) -> None:
         """Count one who was turned away."""
         self._metrics.inc("ernie_request_refused_total", model=UNKNOWN_MODEL, reason=status_of(error).outcome)
+
+    def _check_keyless(self, scope: Scope) -> None:
+        if not scope["path"].startswith(ADMIN_FOLDER) or scope["method"] in ("GET", "HEAD"):
+            return
+        if not self._takes_keyless_orders:
+            raise Forbidden(
+                "orders need an admin key here: set api.admin_key_sha256, which `ernie-cluster key` prints beside a new key; "
+                "without one they are taken only where api.host is a loopback address and clients need no key either"
+            )
+        if any(
+            name == b"origin" for name, _ in scope["headers"]
+        ):  # no key stands between its reader and a foreign page
+            raise Forbidden(
+                "orders from web pages need an admin key: set api.admin_key_sha256 (see `ernie-cluster key`)"
+            )
 
     def _budget_of(self, key: ApiKey) -> Budget | None:
         budget = self._budgets.get(key.name)

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from starlette.types import Scope
 
 from ernie_cluster.api.backend import Backend, ModelStatus, ReplicaExperts, ReplicaLoad
+from ernie_cluster.api.operator import ClusterView, DecisionView, FaultsView, Order, ReplicaView
 from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.ratelimit import Amounts, Budget
 from ernie_cluster.errors import Overloaded, ReplicaError
+from ernie_cluster.faults import FaultOrder
 from ernie_cluster.request import GenerationRequest, MediaInput, TokenEvent
 
 _GUEST = "ernie_cluster.guest"
@@ -104,6 +106,9 @@ class PaidBackend:
             self._budget.refund(further)
             raise
 
+    async def knock(self, model: str, max_tokens: int, priority: int, timeout_s: float) -> None:
+        await self._backend.knock(model, max_tokens, priority, timeout_s)
+
     async def embed(self, model: str, media: MediaInput, timeout_s: float) -> NDArray[np.float32]:
         """Charged when it is there."""
         vector = await self._backend.embed(model, media, timeout_s)
@@ -118,6 +123,18 @@ class PaidBackend:
 
     async def experts(self) -> list[ReplicaExperts]:
         return await self._backend.experts()
+
+    async def cluster(self) -> ClusterView:
+        return await self._backend.cluster()
+
+    async def decisions(self) -> list[DecisionView]:
+        return await self._backend.decisions()
+
+    async def faults(self, order: FaultOrder) -> FaultsView:
+        return await self._backend.faults(order)
+
+    async def order(self, order: Order) -> ReplicaView:
+        return await self._backend.order(order)
 
     async def close(self) -> None:
         await self._backend.close()

@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
+from ernie_cluster.api.admin import add_admin
 from ernie_cluster.api.alias import Alias
 from ernie_cluster.api.anthropic import MESSAGES
 from ernie_cluster.api.backend import Backend
@@ -35,6 +36,7 @@ from ernie_cluster.api.responses import RESPONSES
 from ernie_cluster.api.service import Service, json_response
 from ernie_cluster.api.status import error_body_at, error_headers, status_of
 from ernie_cluster.api.tokens import Query, count_tokens, detokenize, tokenize
+from ernie_cluster.api.tracing import Tracer
 from ernie_cluster.api.unknown import Exacting, JsonDialect, wants_strict
 from ernie_cluster.errors import ErnieClusterError
 from ernie_cluster.observe.metrics import Metrics
@@ -66,6 +68,7 @@ def create_app(
     searcher: ImageSearcher | None = None,
     beside: Callable[[Service], AbstractAsyncContextManager[object]] | None = None,
     alias: Alias | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The ASGI app.
 
@@ -80,8 +83,9 @@ def create_app(
         searcher: of the tool `image_search`; None does not offer it.
         beside: another face of the same service, there as long as the app runs.
         alias: a name that stands for several of the models.
+        tracer: takes the spans of requests; None records none. Closed when the app shuts down.
     """
-    service = Service(backend, processors, limits, metrics, fetcher, default_tools, searcher, alias)
+    service = Service(backend, processors, limits, metrics, fetcher, default_tools, searcher, alias, tracer)
     gauges = ReplicaGauges(backend, metrics, time.monotonic)
 
     @asynccontextmanager
@@ -91,12 +95,13 @@ def create_app(
         service.workers.close()
         await service.fetcher.close()
         await backend.close()
+        await asyncio.to_thread(service.tracer.close)
 
     app = FastAPI(title="ernie_cluster", openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     if guard is not None:
         app.add_middleware(Door, guard=guard)
     app.add_middleware(HeaderLimit, limits=limits)
-    app.add_middleware(Boundary)  # the last one added is the outermost
+    app.add_middleware(Boundary, sample_ratio=service.tracer.sample_ratio)  # the last one added is the outermost
     for kind in (HTTPException, RequestValidationError, ErnieClusterError):
         app.add_exception_handler(kind, _on_error)
 
@@ -124,12 +129,15 @@ def create_app(
 
     @app.get("/metrics")
     async def render_metrics() -> Response:
+        service.traffic.refresh()
         await gauges.refresh()
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/debug/experts")
     async def experts() -> Response:
         return json_response({"object": "list", "data": [asdict(replica) for replica in await backend.experts()]})
+
+    add_admin(app, backend, limits)
 
     @app.get("/version")
     async def show_version() -> Response:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 from ernie_cluster.errors import ConfigError
 
+MAX_UNREAD_TOKENS = 32_768
+
 
 @dataclass(frozen=True, slots=True)
 class ApiLimits:
@@ -16,6 +18,8 @@ class ApiLimits:
     """All names and values together."""
     max_body_bytes: int = 32 * 2**20
     """Largest request body; pictures travel in it as base64, a third larger than the files."""
+    max_bodies_bytes: int = 2**30
+    """Of the bodies of all requests that are being read or prepared; who brings more is told to come back."""
     body_timeout_s: float = 60.0
     """A body must have arrived whole within this."""
     max_json_depth: int = 32
@@ -41,8 +45,16 @@ class ApiLimits:
     gives to chats. Texts get 256 then, for few of them come to an end by themselves."""
     request_timeout_s: float = 600.0
     """From the request's first byte to the answer's last."""
+    client_idle_timeout_s: float = 60.0
+    """Longest that one write may wait for the client to read; then the request ends, and its connection."""
+    max_unread_tokens: int = MAX_UNREAD_TOKENS
+    """Most that one answer may hold that its client has not taken; beyond it the request ends."""
+    keep_alive_s: float | None = 30.0
+    """A stream that is silent for so long sends a comment, so that no proxy takes it for dead; None sends none."""
     preprocess_threads: int = 2
     """Threads that parse bodies, decode pictures and tokenise."""
+    media_threads: int = 8
+    """Further ones for requests with pictures, which decode them, or wait for the processes that do."""
     max_preparing: int = 256
     """Requests waiting for those threads or on them; the next one is told to come back."""
     max_in_flight: int = 1024

@@ -39,6 +39,15 @@ def _wanted(body: ChatBody) -> Iterator[Wanted]:
                 yield Wanted(f"{where}.video_url.url", "video", part.video_url.url)
 
 
+def has_media(body: GenerationBody) -> bool:
+    """Whether a body brings or names pictures or videos."""
+    return isinstance(body, ChatBody) and any(
+        isinstance(part, ImagePart | VideoPart)
+        for message in body.messages
+        for part in (message.content if isinstance(message.content, list) else ())
+    )
+
+
 def attach(messages: list[dict[str, Any]], fetched: Fetched) -> list[dict[str, Any]]:
     """The messages, in which what was fetched stands as `content` beside its URL; changed in place."""
     kinds: tuple[MediaKind, ...] = ("image", "video")

@@ -14,6 +14,7 @@ from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.openai import encode
 from ernie_cluster.api.status import error_body_at, error_headers, status_of
 from ernie_cluster.observe.log import bind_request_id
+from ernie_cluster.observe.trace_context import TRACEPARENT, TraceContext, bind_trace
 
 _log = logging.getLogger(__name__)
 
@@ -29,26 +30,32 @@ def usable_request_id(given: str) -> str:
 
 
 class Boundary:
-    """Log lines and the response bear the id of the request, see `usable_request_id`."""
+    """Log lines and the response bear the ids of the request, see `usable_request_id`, and of its trace, see `TraceContext`.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Args:
+        sample_ratio: share of the requests without a trace of their own that is recorded.
+    """
+
+    def __init__(self, app: ASGIApp, sample_ratio: float = 0.0) -> None:
+        self._app, self._sample_ratio = app, sample_ratio
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = usable_request_id(Headers(scope=scope).get("x-request-id", ""))
+        trace = TraceContext.under(Headers(scope=scope).get(TRACEPARENT, ""), self._sample_ratio)
         is_started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal is_started
             if message["type"] == "http.response.start":
                 is_started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"], headers[TRACEPARENT] = request_id, trace.header()
             await send(message)
 
-        with bind_request_id(request_id):
+        with bind_request_id(request_id), bind_trace(trace):
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception as e:

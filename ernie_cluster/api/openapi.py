@@ -6,41 +6,23 @@ come from the configuration or from the served model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from ernie_cluster.api import anthropic_body, responses_body, schemas, tokens
-from ernie_cluster.api.shapes import (
-    CountTokensAnswer,
-    DetokenizeAnswer,
-    Document,
-    Error,
-    Experts,
-    Health,
-    MessagesError,
-    Model,
-    Models,
-    Readiness,
-    TokenizeAnswer,
-    Version,
-)
-from ernie_cluster.api.shapes_messages import MessageAnswer, MessagesEvent
-from ernie_cluster.api.shapes_openai import ChatAnswer, ChatEvent, CompletionAnswer, CompletionEvent
-from ernie_cluster.api.shapes_responses import Response, ResponsesEvent
-from ernie_cluster.api.status import INTERNAL, TABLE, is_anthropic
-from ernie_cluster.api.unsupported import UNSUPPORTED
-
-Schema = dict[str, Any]
+from ernie_cluster.api.routes import OPERATIONS, Operation, Schema
+from ernie_cluster.api.shapes import Readiness
 
 MEANINGS: Mapping[int, str] = {
     400: "The request can never be served; the error names the field.",
     401: "The request bears no key that opens this route.",
-    404: "No such model is served.",
+    403: "As this server is set up nobody may do this; the error says what to set.",
+    404: "No such model is served, or no such replica is there.",
     408: "The body did not arrive in time.",
+    409: "The replica cannot do this; the error says why.",
     413: "The body is too large.",
     415: "The body is not plain `application/json`.",
     429: "No room now, or the key has used up what it may use for now.",
@@ -52,122 +34,11 @@ MEANINGS: Mapping[int, str] = {
 }
 """HTTP status -> what it says."""
 
-_LOOKING = frozenset({INTERNAL.http, 431})
-"""Statuses of routes that take no body, beside 200."""
-_ASKING = _LOOKING | {status.http for _, status in TABLE} - {401} | {408, 413, 415}
-"""Statuses of routes that take one."""
-
 _DESCRIPTION = """\
 OpenAI's and Anthropic's APIs over one service. Unknown fields are ignored, and null means not given. Integers have no
 fraction, not even `.0`; numbers are finite. Fields that depend on each other, and bounds that depend on the
 configuration or on the model, are checked beyond what the schemas here say: the error, with status 400, names the field.
 Other paths get 404, other methods 405."""
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One route."""
-
-    path: str
-    name: str
-    """What client generators call it."""
-    summary: str
-    answer: Any
-    """Type of the whole answer; `str` is plain text."""
-    body: Any = None
-    """Type of the request's body; a route with one is a POST."""
-    event: Any = None
-    """Type of a stream's events."""
-    harmless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """See `refuse_unsupported`."""
-    more_statuses: frozenset[int] = frozenset()
-
-    @property
-    def method(self) -> str:
-        return "get" if self.body is None else "post"
-
-    @property
-    def error(self) -> Any:
-        return MessagesError if is_anthropic(self.path) else Error
-
-    @property
-    def types(self) -> Iterable[Any]:
-        """All that need a schema."""
-        return (kind for kind in (self.body, self.answer, self.event, self.error) if kind is not None)
-
-
-OPERATIONS: tuple[Operation, ...] = (
-    Operation(
-        "/v1/chat/completions",
-        "create_chat_completion",
-        "Answer a chat.",
-        ChatAnswer,
-        schemas.ChatBody,
-        ChatEvent,
-        UNSUPPORTED,
-    ),
-    Operation(
-        "/v1/completions",
-        "create_completion",
-        "Go on after a prompt.",
-        CompletionAnswer,
-        schemas.CompletionBody,
-        CompletionEvent,
-        UNSUPPORTED,
-    ),
-    Operation(
-        "/v1/responses",
-        "create_response",
-        "Answer a conversation of items; nothing is stored.",
-        Response,
-        responses_body.ResponsesBody,
-        ResponsesEvent,
-        {**responses_body.HARMLESS, "previous_response_id": (None,)},
-    ),
-    Operation(
-        "/v1/messages",
-        "create_message",
-        "Answer a conversation, in Anthropic's words.",
-        MessageAnswer,
-        anthropic_body.MessagesBody,
-        MessagesEvent,
-        anthropic_body.HARMLESS,
-    ),
-    Operation(
-        "/v1/messages/count_tokens",
-        "count_tokens",
-        "Tell how long a message's prompt is.",
-        CountTokensAnswer,
-        anthropic_body.PromptBody,
-        harmless=anthropic_body.HARMLESS,
-    ),
-    Operation(
-        "/tokenize",
-        "tokenize",
-        "Tell a prompt's token ids.",
-        TokenizeAnswer,
-        tokens.TokenizeBody,
-        harmless=tokens.HARMLESS,
-    ),
-    Operation("/detokenize", "detokenize", "Tell what token ids stand for.", DetokenizeAnswer, tokens.DetokenizeBody),
-    Operation("/v1/models", "list_models", "List what is served.", Models),
-    Operation("/v1/models/{name}", "retrieve_model", "Describe a served model.", Model, more_statuses=frozenset({404})),
-    Operation("/health", "health", "Tell that the process lives.", Health),
-    Operation(
-        "/ready", "ready", "Tell whether every model can take requests.", Readiness, more_statuses=frozenset({503})
-    ),
-    Operation("/metrics", "metrics", "Show the metrics, in Prometheus' text format.", str),
-    Operation(
-        "/debug/experts",
-        "experts",
-        "Show how many tokens each expert has had, and on which ranks it stands.",
-        Experts,
-        more_statuses=frozenset({503}),
-    ),
-    Operation("/version", "version", "Tell the version.", Version),
-    Operation("/openapi.json", "openapi", "Show this document.", Document),
-)
-"""Every route of the app."""
 
 
 def document(version: str, closes: Callable[[str], bool]) -> Schema:
@@ -182,7 +53,9 @@ def document(version: str, closes: Callable[[str], bool]) -> Schema:
         if operation.harmless:
             properties = definitions[refs[operation.body]["$ref"].rpartition("/")[2]]["properties"]
             properties.update({name: _only(values) for name, values in operation.harmless.items()})
-    paths = {o.path: {o.method: _operation(o, refs, needs_key=closes(o.path))} for o in OPERATIONS}
+    paths: dict[str, Schema] = {}
+    for o in OPERATIONS:
+        paths.setdefault(o.path, {})[o.method] = _operation(o, refs, needs_key=closes(o.path))
     return {
         "openapi": "3.1.0",
         "info": {
@@ -239,11 +112,11 @@ def _only(values: Iterable[Any]) -> Schema:
 
 def _operation(operation: Operation, refs: Mapping[Any, Schema], *, needs_key: bool) -> Schema:
     out: Schema = {"operationId": operation.name, "summary": operation.summary}
-    if "{name}" in operation.path:
-        out["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if parameters := _parameters(operation):
+        out["parameters"] = parameters
     if operation.body is not None:
-        out["requestBody"] = {"required": True, "content": _json(refs[operation.body])}
-    statuses = operation.more_statuses | (_LOOKING if operation.body is None else _ASKING)
+        out["requestBody"] = {"required": not operation.may_be_empty, "content": _json(refs[operation.body])}
+    statuses = operation.statuses
     if operation.event is None:
         statuses -= {499}
     if needs_key:
@@ -253,6 +126,14 @@ def _operation(operation: Operation, refs: Mapping[Any, Schema], *, needs_key: b
     }
     out["security"] = [{"bearer": []}, {"key": []}] if needs_key else []
     return out
+
+
+def _parameters(operation: Operation) -> list[Schema]:
+    in_path: list[Schema] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", operation.path)
+    ]
+    return in_path + [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
 
 
 def _answer(operation: Operation, refs: Mapping[Any, Schema]) -> Schema:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ernie_cluster.api.responses_items import AssistantMessage, CallItem, InputMessage, Item, ReasoningItem, ResultItem
-from ernie_cluster.api.schemas import ChatBody, Count, Name
+from ernie_cluster.api.schemas import ChatBody, Count, Name, Priority
 from ernie_cluster.api.tool_schemas import EitherTool, OwnTool
 from ernie_cluster.api.translate import Conversation, add_call, add_reasoning, as_chat
 from ernie_cluster.api.validate import Strict, list_tag, refuse_unsupported, validated
@@ -88,6 +88,9 @@ class ResponsesBody(Strict):
     stream: bool | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     user: str | None = None
+    priority: Priority | None = None
+    allow_smaller_model: bool | None = None
+    """Ours, both as in a chat."""
 
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
@@ -152,6 +155,8 @@ def _chat_fields(body: ResponsesBody) -> dict[str, Any]:
         "top_p": body.top_p,
         "stream": body.stream,
         "user": body.user,
+        "priority": body.priority,
+        "allow_smaller_model": body.allow_smaller_model,
     }
 
 

@@ -56,7 +56,7 @@ def rounds_of(
     """Several, if tools of our own are offered; all of them until the deadline."""
     if not isinstance(body, ChatBody) or not own_tools_of(body):
         return SINGLE_ROUND
-    run, searcher = service.workers.run, service.searcher
+    run, searcher = partial(service.workers.run, has_media=bool(job.requests[0].media)), service.searcher
     return ToolRounds(body, job, processor, service.limits, fetched, run, deadline, backend, searcher)
 
 

@@ -21,6 +21,7 @@ MediaUrl = Annotated[str, Field(pattern="^([Dd][Aa][Tt][Aa]:|[Hh][Tt][Tt][Pp][Ss
 """Whether it is fetched at all is up to the operator, see `inputs/fetch.py`."""
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+Priority = Annotated[int, Field(ge=-100, le=100)]
 Rate = Annotated[float, Field(gt=0, le=MAX_FPS)]
 Name = Annotated[str, Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
@@ -86,7 +87,7 @@ class GenerationBody(Strict):
     guided_regex: Regex | None = None
     guided_choice: Choices | None = None
     user: str | None = None
-    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    priority: Priority | None = None
     """vLLM's: lower numbers come first, see `GenerationRequest`; 0 by default."""
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """vLLM's: cached prompts and pictures are shared only between requests with the same one."""

@@ -17,7 +17,8 @@ from ernie_cluster.api.image_search import ImageSearcher
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.api.openai import encode, model_card
 from ernie_cluster.api.processor import Processor
-from ernie_cluster.api.traffic import Meter, Traffic
+from ernie_cluster.api.tracing import NoTracer, Tracer
+from ernie_cluster.api.traffic import Bodies, Meter, Traffic
 from ernie_cluster.api.workers import Workers
 from ernie_cluster.errors import DeadlineExceeded, UnknownModel
 from ernie_cluster.observe.metrics import Metrics
@@ -46,6 +47,7 @@ class Service:
         default_tools: Sequence[str] = (),
         searcher: ImageSearcher | None = None,
         alias: Alias | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.backend = backend
         self.processors = processors
@@ -54,8 +56,10 @@ class Service:
         self.default_tools = default_tools
         self.searcher = searcher
         self.alias = alias
-        self.workers = Workers(limits.preprocess_threads, limits.max_preparing)
-        self.traffic = Traffic(metrics, time.monotonic, limits.max_in_flight)
+        self.workers = Workers(limits.preprocess_threads, limits.max_preparing, limits.media_threads)
+        self.tracer: Tracer = tracer or NoTracer()
+        bodies = Bodies(limits.max_bodies_bytes)
+        self.traffic = Traffic(metrics, time.monotonic, limits.max_in_flight, bodies, self.tracer)
         self.created = int(time.time())
         """Since when the models are served, seconds since the epoch."""
 
@@ -96,9 +100,9 @@ class Service:
                     raise
                 raise DeadlineExceeded(f"the answer was not finished within {timeout_s:g} s") from None
 
-    async def run(self, work: Callable[[], T], is_small: bool) -> T:
-        """Result of `work`, done here when it is small, else in a thread; raises as `Workers.run` does."""
-        return work() if is_small else await self.workers.run(work)
+    async def run(self, work: Callable[[], T], is_small: bool, *, has_media: bool = False) -> T:
+        """Result of `work`, done here when it is small, else in a thread; the rest as of `Workers.run`."""
+        return work() if is_small else await self.workers.run(work, has_media=has_media)
 
     def card(self, name: str) -> dict[str, object]:
         return model_card(name, self.created, self.max_model_len(name))

@@ -17,13 +17,17 @@ from ernie_cluster.errors import (
     Aborted,
     ContextTooLong,
     DeadlineExceeded,
+    Forbidden,
     InvalidRequest,
+    OrderRefused,
     Overloaded,
     RateLimited,
     ReplicaError,
     RequestError,
+    SlowClient,
     Unauthorized,
     UnknownModel,
+    UnknownReplica,
 )
 from ernie_cluster.observe.log import bound_request_id
 
@@ -50,12 +54,16 @@ INTERNAL = Status(500, "internal_error", "INTERNAL", "internal_error", "internal
 
 TABLE: tuple[tuple[type[Exception], Status], ...] = (  # the first row that fits counts: special errors come first
     (Unauthorized, Status(401, "invalid_request_error", "UNAUTHENTICATED", "unauthorized")),
+    (Forbidden, Status(403, "invalid_request_error", "PERMISSION_DENIED", "unauthorized")),
     (UnknownModel, Status(404, "invalid_request_error", "NOT_FOUND", "invalid")),
+    (UnknownReplica, Status(404, "invalid_request_error", "NOT_FOUND", "invalid")),
+    (OrderRefused, Status(409, "invalid_request_error", "FAILED_PRECONDITION", "invalid")),
     (ContextTooLong, Status(400, "invalid_request_error", "INVALID_ARGUMENT", "invalid")),
     (InvalidRequest, Status(400, "invalid_request_error", "INVALID_ARGUMENT", "invalid")),
     (RateLimited, Status(429, "rate_limit_error", "RESOURCE_EXHAUSTED", "rate_limited")),
     (Overloaded, Status(429, "rate_limit_error", "RESOURCE_EXHAUSTED", "overloaded")),
     (DeadlineExceeded, Status(504, "timeout_error", "DEADLINE_EXCEEDED", "deadline_exceeded")),
+    (SlowClient, Status(499, "aborted", "CANCELLED", "slow_client")),
     (Aborted, Status(499, "aborted", "CANCELLED", "aborted")),
     (
         ReplicaError,

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from ernie_cluster.config.cluster import TlsConfig
+from ernie_cluster.config.api import TlsConfig
 from ernie_cluster.errors import ConfigError
 
 _log = logging.getLogger(__name__)

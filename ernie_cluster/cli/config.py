@@ -8,18 +8,21 @@ import sys
 
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.load import dump_config, load_config
+from ernie_cluster.config.reference import reference
 
 _EXAMPLES = """\
 examples:
   ernie-cluster config cluster.yaml
   ernie-cluster config cluster.yaml --set api.port=9000 --set models.0.engine.kv_cache_bytes=8GiB
   ernie-cluster config --set models.0.preset=28b --set models.0.path=/models/ernie-28b > cluster.yaml
+  ernie-cluster config --reference                   every key there is, with type, default and meaning
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     add_config_arguments(parser)
+    parser.add_argument("--reference", action="store_true", help="print every key with its meaning, as Markdown")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,5 +46,5 @@ def read_config(args: argparse.Namespace) -> ClusterConfig:
 
 
 def main(args: argparse.Namespace) -> int:
-    sys.stdout.write(dump_config(read_config(args)))
+    sys.stdout.write(reference() if args.reference else dump_config(read_config(args)))
     return 0

@@ -67,6 +67,24 @@ def local_folder(path: str, report: Callable[[str], None]) -> str:
     raise CheckpointError(f"{path}: no such folder, and {why}")
 
 
+def cached_folder(path: str) -> str:
+    """As `local_folder`, but fetches nothing: `path` itself where the cache has not all of it."""
+    repository = _REPOSITORY.fullmatch(path)
+    if repository is None or Path(path).exists():
+        return path
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        name, revision = repository["name"], repository["revision"]
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(FILES), local_files_only=True
+        )
+    except (errors.LocalEntryNotFoundError, OSError, ValueError):
+        return path
+    return str(found)
+
+
 def _command(name: str, revision: str | None) -> str:
     return f"hf download {name}" + (f" --revision {revision}" if revision else "")
 

@@ -18,7 +18,8 @@ from ernie_cluster.cli.config import add_config_arguments, read_config
 from ernie_cluster.cli.local import check_packaged
 from ernie_cluster.cli.progress import Bar, Progress
 from ernie_cluster.cli.remote import printable
-from ernie_cluster.config.cluster import ClusterConfig, ModelDeployment
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
 from ernie_cluster.config.load import ENV_PREFIX
 from ernie_cluster.config.presets import pocket_mixed
 from ernie_cluster.errors import ConfigError, InvalidRequest

@@ -13,7 +13,7 @@ examples:
   ernie-cluster key --name alice
   ernie-cluster serve cluster.yaml --set api.keys_file=/etc/ernie/keys.yaml
 
-The hash also serves as api.admin_key_sha256, which guards /metrics.
+The hash also serves as api.admin_key_sha256, which guards /metrics and /admin.
 """
 
 _PREFIX = "sk-ernie-"

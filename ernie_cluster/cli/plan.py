@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ernie_cluster.cli.config import add_config_arguments, read_config
 from ernie_cluster.cli.plan_report import Report, as_json, as_text
-from ernie_cluster.config.cluster import GPU_BLOCK_TOKENS, ClusterConfig, EngineConfig
+from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.convert import unknown_key
+from ernie_cluster.config.engine import GPU_BLOCK_TOKENS, EngineConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.config.presets import PRESETS

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ernie_cluster.config.cluster import MIB, PoolConfig
 from ernie_cluster.config.kv_layout import SCALE_BYTES
+from ernie_cluster.config.pool import PoolConfig
+from ernie_cluster.config.units import MIB
 from ernie_cluster.policy.sizing import speed
 from ernie_cluster.policy.sizing.memory import kv_layout
 from ernie_cluster.policy.sizing.pools import PoolSizing, Setting, gigabytes

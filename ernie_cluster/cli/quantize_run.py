@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ernie_cluster.cli.hub import FILES
 from ernie_cluster.cli.progress import Bar
-from ernie_cluster.config.cluster import GIB, MIB
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.config.quantization import Method, quantization_entry
+from ernie_cluster.config.units import GIB, MIB
 from ernie_cluster.errors import CheckpointError, ConfigError
 from ernie_cluster.model.build import build_decoder, torch_dtype
 from ernie_cluster.model.checkpoint import INDEX, Checkpoint

@@ -21,15 +21,19 @@ def add_key_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def key_headers(api_key: str | None) -> dict[str, str]:
+def key_headers(api_key: str | None, option: str = "--api-key", variable: str = KEY_VARIABLE) -> dict[str, str]:
     """What shows a key to a server: the given one, else the environment's.
+
+    Args:
+        api_key: as the option had it.
+        option, variable: where a key can come from, for the error.
 
     Raises:
         ErnieClusterError: it cannot stand in a header.
     """
-    key = api_key or os.environ.get(KEY_VARIABLE, "")
+    key = api_key or os.environ.get(variable, "")
     if not (key.isascii() and key.isprintable()):
-        raise ErnieClusterError(f"the API key is not plain ASCII; check --api-key and {KEY_VARIABLE}")
+        raise ErnieClusterError(f"the API key is not plain ASCII; check {option} and {variable}")
     return {"authorization": f"Bearer {key}"} if key else {}
 
 

@@ -11,7 +11,7 @@ import threading
 from ernie_cluster.cli.config import add_config_arguments, read_config
 from ernie_cluster.cli.hub import with_local_folders
 from ernie_cluster.cli.progress import Progress
-from ernie_cluster.config.cluster import ApiConfig
+from ernie_cluster.config.api import ApiConfig
 from ernie_cluster.errors import ConfigError
 
 _EXAMPLES = """\

@@ -7,6 +7,7 @@ Nothing here knows a field by name: the dataclasses' type hints say what is read
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,12 @@ def load_config(path: str | Path | None, env: Mapping[str, str], overrides: Sequ
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a wrong type, or a configuration that cannot work.
     """
-    tree = {} if path is None else _read(Path(path))
+    return from_tree({} if path is None else _read(Path(path)), env, overrides)
+
+
+def from_tree(given: Mapping[str, Any], env: Mapping[str, str], overrides: Sequence[str] = ()) -> ClusterConfig:
+    """As `load_config`, of what a file would hold; `given` stays as it is."""
+    tree = copy.deepcopy(dict(given))
     assignments = [*_from_env(env), *_from_overrides(overrides)]
     for origin, keys, value in assignments:
         if keys[-1] == "preset":

@@ -9,16 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ernie_cluster.config.cluster import (
-    GIB,
-    GPU_BLOCK_TOKENS,
-    MIB,
-    ClusterConfig,
-    EngineConfig,
-    ModelDeployment,
-    PoolConfig,
-    Role,
-)
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
+from ernie_cluster.config.engine import GPU_BLOCK_TOKENS, EngineConfig
+from ernie_cluster.config.pool import PoolConfig, Role
+from ernie_cluster.config.units import GIB, MIB
 
 _SMALL_ENGINE = EngineConfig(  # 26,000 tokens of pocket's bf16 KV, 1,280 bytes each; 16,000 of tiny's float32
     kv_cache_bytes=32 * MIB, max_batch_tokens=512, max_num_seqs=16, num_threads=1, max_model_len=4096

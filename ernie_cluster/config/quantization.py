@@ -45,6 +45,9 @@ METHODS: Mapping[str, Method] = {
 }
 """All but none, by name, most bytes first."""
 
+FIRST_WITH_FP8 = (9, 0)
+"""Compute capability of Hopper, the first that `fp8` runs on."""
+
 _OURS = "ernie_cluster"
 
 

@@ -39,7 +39,7 @@ class Command(IntEnum):
     MOVE = 3
     """Experts change places; where to, `Balancer.follow` hears."""
     NOTES = 4
-    """Something to know for the next step, see `Crew.note`."""
+    """Something to know before the next step, see `Crew.note`."""
 
 
 class Crew:
@@ -64,8 +64,13 @@ class Crew:
         return self._dp.size > 1
 
     def note(self, note: Message) -> None:
-        """Say something to the followers with the next step; from any thread."""
+        """Say something to the followers before the next step, or while there is none; from any thread."""
         self._notes.append(note)
+
+    @property
+    def has_notes(self) -> bool:
+        """Whether the followers have not heard all."""
+        return bool(self._notes)
 
     def open(self, step: StepInput) -> None:
         """A step of ours begins."""
@@ -76,6 +81,7 @@ class Crew:
         """There is nothing to do here. True if other leaders step, and so must we: without tokens, and announced."""
         if self._vote(False):
             return True
+        self._tell_notes()
         if self._clock() - self._last_said > BEAT_S:
             self._say(Command.BEAT)
         return False
@@ -112,10 +118,14 @@ class Crew:
     def _say(self, command: Command, step: StepInput | None = None) -> None:
         self._last_said = self._clock()
         if self._tp.size > 1:
-            if step is not None and self._notes:
-                announce(self._tp, Command.NOTES)
-                tell(self._tp, [self._notes.popleft() for _ in range(len(self._notes))])
+            if step is not None:
+                self._tell_notes()
             announce(self._tp, command, step)
+
+    def _tell_notes(self) -> None:
+        if self._notes and self._tp.size > 1:
+            announce(self._tp, Command.NOTES)
+            tell(self._tp, [self._notes.popleft() for _ in range(len(self._notes))])
 
 
 def empty_step(device: torch.device) -> StepInput:

@@ -11,33 +11,22 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.block_pool import BlockPool
+from ernie_cluster.engine.counters import Counters
 from ernie_cluster.engine.grammar import Grammars
 from ernie_cluster.engine.pace import Pace
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.sampler import Sampled, SamplerRow
 from ernie_cluster.engine.scheduler import Schedule, Scheduler
 from ernie_cluster.engine.sequence import Sequence, Status
-from ernie_cluster.errors import ContextTooLong, DeadlineExceeded, Evicted, TransferFailed
+from ernie_cluster.errors import ContextTooLong, DeadlineExceeded, Evicted, ReplicaDraining, TransferFailed
 from ernie_cluster.grammar.compile import Compiler
 from ernie_cluster.model.decoder import no_hook
 from ernie_cluster.request import RequestFailed, Span, TokenEvent, TokenLogprobs
 
 Outcome = TokenEvent | RequestFailed
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since the start; only ever grows."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    run_s: float = 0.0
 
 
 class PrefillHooks:
@@ -85,12 +74,16 @@ class Engine:
         self.runner, self.pool, self.scheduler, self.builder = runner, pool, scheduler, builder
         self.emit, self.hooks, self.clock, self.can_encode = emit, hooks or PrefillHooks(), clock, can_encode
         self.lock = threading.Condition()
+        self.before_run: Callable[[bool], None] | None = None
+        """Faults on purpose: told before each step whether it has tokens of prompts."""
         self.grammars = Grammars(compiler, self._wake)
         self.counters = Counters()
         self.reading, self.writing = Pace(), Pace()
         """Steps with tokens of prompts, by tokens; steps without, by sequences."""
         self.sequences: dict[str, Sequence] = {}
         """By request id; the newest attempt of each."""
+        self.is_parting = False
+        """All sequences end with `ReplicaDraining`, but for those that are being handed over; set with the lock held."""
         self._fenced: set[Sequence] = set()
         """Older attempts, whose blocks a step or a transfer may still be using."""
 
@@ -153,12 +146,15 @@ class Engine:
                 step_input, rows = self.builder.build(schedule), self._rows(schedule)
                 hook = self.hooks.layer_hook(schedule.chunks)
         if schedule.num_tokens:
+            if self.before_run is not None:
+                self.before_run(bool(schedule.chunks))
             start = time.perf_counter()
             sampled = self.runner.run(step_input, rows, hook)
             run_s = time.perf_counter() - start
-            self.counters.run_s += run_s
             (self.reading if schedule.chunks else self.writing).note(schedule.num_tokens, run_s)
+            context_tokens = sum(step_input.context_lens[: len(schedule.decodes)])
             with self.lock:
+                self.counters.note_step(schedule, context_tokens, len(sampled.tokens), run_s)
                 outcomes += self._apply(schedule, sampled)
         if outcomes:
             self.emit(outcomes)
@@ -170,9 +166,15 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step could do anything now; call with the lock held."""
-        return any(s.is_aborted and s.status is not Status.HANDING_OVER for s in self._all()) or any(
+        ends = (s for s in self._all() if s.is_aborted or self.is_parting)
+        return any(s.status is not Status.HANDING_OVER for s in ends) or any(
             s.num_ready > 0 for s in (*self.scheduler.running, *self.scheduler.waiting)
         )
+
+    def count_stages(self) -> tuple[int, int]:
+        """Requests whose prompt is computed here or handed over, and requests that are answered; call with the lock held."""
+        num_answers = sum(s.is_answering for s in self._all())
+        return len(self.sequences) + len(self._fenced) - num_answers, num_answers
 
     def blocks(self) -> list[int]:
         """All blocks of sequences, shared ones as often as they are used."""
@@ -211,13 +213,12 @@ class Engine:
         ]
 
     def _apply(self, schedule: Schedule, sampled: Sampled) -> list[Outcome]:
-        self.counters.steps += 1
-        self.counters.prompt_tokens += schedule.num_tokens - len(schedule.decodes)
-        self.counters.generated_tokens += len(sampled.tokens)
         news = ((token, sampled.logprobs.get(row)) for row, token in enumerate(sampled.tokens))
         outcomes: list[Outcome] = []
         for sequence in schedule.decodes:
             sequence.num_computed += 1
+            if sequence.num_computed % self.pool.block_size == 0:
+                self.scheduler.publish(sequence)
             outcomes += self._advance(sequence, *next(news))
         for sequence, count in schedule.chunks:
             is_last = count == sequence.num_uncomputed
@@ -252,6 +253,8 @@ class Engine:
         elif sequence.is_prefill_only:
             self.scheduler.remove(sequence)
             sequence.status = Status.HANDING_OVER
+        else:
+            sequence.is_answering = True
         return [event]
 
     def _spans(self, sequence: Sequence) -> tuple[Span, ...]:
@@ -271,7 +274,7 @@ class Engine:
         return tuple(spans)
 
     def _reap(self) -> list[Outcome]:
-        """End what was aborted, what is too late, and what has a grammar that nobody can follow."""
+        """End what was aborted, what is too late, what others shall go on with, and what has a grammar nobody can follow."""
         now = self.clock()
         outcomes: list[Outcome] = []
         for sequence in self._all():
@@ -280,6 +283,8 @@ class Engine:
                 error = error or DeadlineExceeded(
                     f"request {sequence.request_id} was not finished within its {sequence.request.timeout_s:g} s"
                 )
+            if self.is_parting:
+                error = error or parted(sequence.request_id)
             if sequence.status is Status.HANDING_OVER or not (error or sequence.is_aborted):
                 continue  # blocks of a hand-over are being read; `release` follows, and it has its own deadline
             if error is not None and not sequence.is_aborted:
@@ -321,3 +326,8 @@ class Engine:
             del self.sequences[sequence.request_id]
         self._fenced.discard(sequence)
         self.hooks.ended(sequence)
+
+
+def parted(request_id: str) -> ReplicaDraining:
+    """What a replica that leaves says of a request."""
+    return ReplicaDraining(f"request {request_id}: this replica is leaving; another one goes on")

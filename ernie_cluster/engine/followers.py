@@ -8,8 +8,10 @@ it has a part in (see `follower.Follower`). The books are the leader's alone; wh
     forget    ends the mirror of a lease; its blocks are free when every follower has said so
     reach     open channels to the ranks of a decode replica
     settle    answered when all that this rank had to send is accepted, or some of it never will be
+    lend      push cached blocks now, between any steps, and settle
 
-by calls with a deadline, and with the steps, in their order, what of a hand-over is to be pushed, and what ends.
+by calls with a deadline, and with the steps, in their order, what of a hand-over is to be pushed, and what ends; and what
+each copies between its cache and its part of the host's memory, in the order in which the leader has done so.
 """
 
 from __future__ import annotations
@@ -17,10 +19,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Literal
 
+from torch import Tensor
+
+from ernie_cluster.engine.host_tier import Copies, HostMemory
 from ernie_cluster.engine.leases import Lease
 from ernie_cluster.engine.slices import Run
-from ernie_cluster.errors import EngineFailed, ReplicaLost, TransferFailed
+from ernie_cluster.errors import EngineFailed, PeerSilent, ReplicaError, ReplicaLost, TransferFailed
 from ernie_cluster.transport.base import JSON, Channel, Message
 from ernie_cluster.transport.choose import Endpoint
 
@@ -40,6 +46,7 @@ class Followers:
         self._note, self._timeout_s, self._broken = note, timeout_s, broken
         self.channels: Sequence[Channel] = ()
         """To each of them; empty where this rank holds all KV heads."""
+        self._num_copied = 0
 
     def __len__(self) -> int:
         return len(self.channels)
@@ -49,7 +56,9 @@ class Followers:
     def expect(self, lease: Lease) -> Future[list[Message]]:
         """Pieces may be written under a lease when this is done."""
         attempt = lease.request_id, lease.epoch
-        return self._insist("expect", *attempt, blocks=list(lease.blocks), num_shared=lease.num_shared)
+        return self._insist(
+            "expect", *attempt, blocks=list(lease.blocks), num_shared=lease.num_shared, num_copied=self._num_copied
+        )
 
     def forget(self, lease: Lease) -> Future[list[Message]]:
         """Nothing is written under a lease any more when this is done."""
@@ -66,6 +75,28 @@ class Followers:
     def settle(self, request_id: str, epoch: int, num_blocks: int) -> Future[list[Message]]:
         """All that each had to send of so many blocks is accepted; with the pieces that went to rank 0 over there."""
         return self._ask("settle", request_id, epoch, num_blocks=num_blocks)
+
+    def lend(self, run: Run) -> Future[list[Message]]:
+        """Blocks that were computed long ago are pushed, and accepted; answered as `settle`."""
+        outgoing = run.outgoing
+        attempt = outgoing.request_id, outgoing.epoch
+        return self._ask(
+            "lend", *attempt, first_block=run.first_block, blocks=list(run.blocks), num_copied=self._num_copied
+        )
+
+    # ---- before the next step
+
+    def copy(self, order: Literal["offload", "restore"], copies: Copies) -> None:
+        """Copies that are done here are to be done everywhere, before anything that comes later reads or writes there."""
+        if self.channels:
+            self._num_copied += 1
+            self._say({order: [[slot, block] for slot, block in copies]})
+
+    def erase(self, order: Literal["poison", "clean"], blocks: Sequence[int]) -> None:
+        """Likewise for blocks that are erased here, see `poison`."""
+        if self.channels:
+            self._num_copied += 1
+            self._say({order: list(blocks)})
 
     # ---- with the next step
 
@@ -100,6 +131,29 @@ class Followers:
             self._broken(EngineFailed(f"a rank of this gang does not answer its leader: {error}"))
 
 
+class LedMemory(HostMemory):
+    """The leader's part of the host's memory; followers copy the same blocks to and from theirs.
+
+    Args:
+        kv, num_slots: see `HostMemory`.
+        followers: the ranks that hold the other KV heads.
+    """
+
+    def __init__(self, kv: Tensor, num_slots: int, followers: Followers) -> None:
+        super().__init__(kv, num_slots)
+        self._followers = followers
+
+    def offload(self, copies: Copies) -> None:
+        """See `HostMemory`."""
+        super().offload(copies)
+        self._followers.copy("offload", copies)
+
+    def restore(self, copies: Copies) -> None:
+        """See `HostMemory`."""
+        super().restore(copies)
+        self._followers.copy("restore", copies)
+
+
 def _together(calls: Sequence[Future[Message]]) -> Future[list[Message]]:
     """All results in order; fails at once with the first `_error_of`."""
     whole: Future[list[Message]] = Future()
@@ -125,9 +179,14 @@ def _together(calls: Sequence[Future[Message]]) -> Future[list[Message]]:
     return whole
 
 
+_BLAMED: dict[str, type[ReplicaError]] = {"lost": ReplicaLost, "silent": PeerSilent}
+"""Errors that the replica on the other side is to blame for, by their names on the wire."""
+
+
 def refusal(error: Exception) -> Message:
     """What a follower answers where something went wrong with the other side."""
-    return {"error": f"{error}" or type(error).__name__, "is_lost": isinstance(error, ReplicaLost)}
+    kind = next((name for name, blamed in _BLAMED.items() if isinstance(error, blamed)), None)
+    return {"error": f"{error}" or type(error).__name__, "kind": kind}
 
 
 def _error_of(call: Future[Message]) -> Exception | None:
@@ -140,4 +199,4 @@ def _error_of(call: Future[Message]) -> Exception | None:
     answer = call.result()
     if "error" not in answer:
         return None
-    return (ReplicaLost if answer.get("is_lost") else TransferFailed)(str(answer["error"]))
+    return _BLAMED.get(str(answer.get("kind")), TransferFailed)(str(answer["error"]))

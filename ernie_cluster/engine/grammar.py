@@ -49,6 +49,8 @@ class Constraint:
 
     def allowed(self) -> Mask | None:
         """Tokens that may come next, bool [vocabulary]; None when that has failed, and `error` says why."""
+        if self.error is not None:  # it failed after the step began
+            return None
         assert self._mask is not None, "a sequence was scheduled before its grammar was there"
         try:
             return self._mask.result()

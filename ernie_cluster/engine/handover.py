@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ernie_cluster.config.kv_layout import KVLayout
+from ernie_cluster.engine.block_pool import BlockPool
 from ernie_cluster.engine.engine import PrefillHooks
 from ernie_cluster.engine.followers import Followers
 from ernie_cluster.engine.sequence import Sequence
@@ -73,6 +74,7 @@ class KVSender(PrefillHooks):
 
     Args:
         kv: the engine's cache.
+        pool: of its blocks.
         layout: of this rank.
         num_kv_heads: of the model.
         followers: the other ranks that hold KV heads.
@@ -84,6 +86,7 @@ class KVSender(PrefillHooks):
     def __init__(
         self,
         kv: KVCache,
+        pool: BlockPool,
         layout: KVLayout,
         num_kv_heads: int,
         followers: Followers,
@@ -92,7 +95,7 @@ class KVSender(PrefillHooks):
         commit_timeout_s: float,
         done: Callable[[Sequence, Exception | None], None],
     ) -> None:
-        self._layout, self._num_kv_heads, self._followers = layout, num_kv_heads, followers
+        self._pool, self._layout, self._num_kv_heads, self._followers = pool, layout, num_kv_heads, followers
         self._commit_timeout_s, self._done = commit_timeout_s, done
         self._slices = SliceSender(kv, layout, piece_bytes)
         self._active: dict[Sequence, _HandOver] = {}
@@ -131,7 +134,7 @@ class KVSender(PrefillHooks):
                 last_block = -(-end // self._layout.block_size) if is_last else end // self._layout.block_size
                 if last_block > transfer.next_block:
                     blocks = sequence.blocks[transfer.next_block : last_block]
-                    runs.append(Run(transfer.outgoing, transfer.next_block, blocks))
+                    runs.append(Run(transfer.outgoing, transfer.next_block, blocks, self._pool.hold(blocks)))
                     transfer.next_block = last_block
         for run in runs:
             self._followers.push(run)
@@ -159,8 +162,10 @@ class KVSender(PrefillHooks):
 
     def ended(self, sequence: Sequence) -> None:
         """See `PrefillHooks`. Without a commit, what was pushed is swept with the lease over there."""
-        if self._active.pop(sequence, None) is not None:
+        transfer = self._active.pop(sequence, None)
+        if transfer is not None:
             self._followers.drop(sequence.request_id, sequence.epoch)
+            transfer.outgoing.fail(TransferFailed(f"request {sequence.request_id} ended before its prompt was done"))
 
     def _settled(self, transfer: _HandOver, num_pieces: int, error: Exception | None) -> None:
         """All ranks have; the others with so many pieces to the rank that leads over there."""
@@ -171,7 +176,7 @@ class KVSender(PrefillHooks):
 
     def _give_up(self, transfer: _HandOver, error: Exception) -> None:
         self._followers.drop(transfer.sequence.request_id, transfer.sequence.epoch)
-        self._done(transfer.sequence, error)
+        self._end(transfer, error)
 
     def _commit(self, transfer: _HandOver, num_pieces: int) -> None:
         sequence = transfer.sequence
@@ -183,7 +188,13 @@ class KVSender(PrefillHooks):
             "output": list(sequence.tokens[sequence.num_prompt :]),
         }
         answer = transfer.destination.channel.call(commit, self._commit_timeout_s)
-        answer.add_done_callback(lambda _: self._done(sequence, _refusal_of(answer)))
+        answer.add_done_callback(lambda _: self._end(transfer, _refusal_of(answer)))
+
+    def _end(self, transfer: _HandOver, error: Exception | None) -> None:
+        """Nothing is read any more, and the blocks are free."""
+        if error is not None:
+            transfer.outgoing.fail(error)
+        self._done(transfer.sequence, error)
 
 
 def _refusal_of(answer: Future[Message]) -> Exception | None:

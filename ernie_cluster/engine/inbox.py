@@ -1,12 +1,14 @@
-"""Receiving side: KV into leased blocks (decode) and embeddings into waiting prompts (prefill).
+"""Receiving side: KV into leased blocks (decode, or a prefix of a prompt) and embeddings into waiting prompts (prefill).
 
 What arrives names its request and attempt; anything for a lease that ended, or of another attempt, is refused and
 never touches a block. A sender first *claims*: the answer comes when the path is reserved here, so no work starts
 before every stage has its place.
 
     claim   prefill -> decode    answered with how many blocks the prefix cache here holds already
-            vision  -> prefill   answered with the pictures whose embeddings are wanted
+            vision  -> prefill   answered with those of its pictures whose embeddings are wanted
     commit  prefill -> decode    all pieces are here: the sequence goes on from the given tokens
+
+What a source of a prefix says is in `fetching`.
 
 Runs on transport threads; takes the engine's lock for each piece, which is short: a piece is at most a few MiB.
 """
@@ -22,11 +24,13 @@ import torch
 from numpy.typing import NDArray
 
 from ernie_cluster.config.kv_layout import KVLayout
+from ernie_cluster.engine.claims import Claim, Claims
 from ernie_cluster.engine.engine import Engine
+from ernie_cluster.engine.fetching import Fetches
 from ernie_cluster.engine.followers import Followers
 from ernie_cluster.engine.leases import Lease, LeaseTable
 from ernie_cluster.engine.sequence import Sequence
-from ernie_cluster.engine.slices import EMBED_PIECE, KV_PIECE, check_filled, failure_of, write_piece
+from ernie_cluster.engine.slices import EMBED_PIECE, KV_PIECE, check_counted, check_filled, failure_of, write_piece
 from ernie_cluster.errors import TransferFailed
 from ernie_cluster.request import GenerationRequest, Span
 from ernie_cluster.transport.base import Message, PieceHeader, Reply
@@ -41,15 +45,6 @@ class _Expected:
     epoch: int
     is_ready: bool = False
     """Every rank of ours knows the lease, and pieces may come."""
-
-
-@dataclass(slots=True, eq=False)
-class _Claim:
-    """A sender that waits for the path to be reserved here."""
-
-    epoch: int
-    reply: Reply
-    deadline_s: float
 
 
 class Inbox:
@@ -78,10 +73,20 @@ class Inbox:
         self._hidden_size, self._followers, self._wall_clock = hidden_size, followers, wall_clock
         leases.recall = self._recall
         self._expected: dict[str, _Expected] = {}
-        self._claims: dict[str, _Claim] = {}
-        self._sated: dict[str, tuple[int, float]] = {}
-        """Prompts whose pictures are all cached, and may be done before they are offered: attempt, deadline."""
+        self._claims = Claims()
+        self.fetches = Fetches(engine, self._claims, layout, followers, wall_clock)
+        self._begun: dict[str, tuple[int, float]] = {}
+        """Prompts with pictures, which may be done before all are offered where some are cached: attempt, deadline."""
         self.bytes_received = 0
+
+    @property
+    def num_expected(self) -> int:
+        """Requests whose KV is on its way here."""
+        return len(self._expected)
+
+    def request_ids(self) -> list[str]:
+        """Of those; with the engine's lock held."""
+        return list(self._expected)
 
     # ---- from the replica's control side
 
@@ -93,14 +98,16 @@ class Inbox:
         """
         with self._engine.lock:
             self.fence(request.request_id, epoch)
+            now = self._engine.clock()
             lease = self._leases.grant(
                 request.request_id,
                 epoch,
                 request.num_prompt_tokens + len(request.output_token_ids),
                 hashes,
                 reserve_tokens,
-                self._engine.clock(),
+                now,
                 self._engine.scheduler.num_blocks_owed,
+                now + request.timeout_s,
             )
             expected = _Expected(request, hashes, epoch)
             self._expected[request.request_id] = expected
@@ -116,9 +123,11 @@ class Inbox:
             request_id, epoch = sequence.request_id, sequence.epoch
             needed = [i for i in range(len(sequence.request.media)) if sequence.needs_media(i)]
             sequence.awaited_media = frozenset(needed)
-            is_answered = self._answer(request_id, epoch, {"media": list(needed)})
-            if sequence.request.media and not needed and not is_answered:
-                self._sated[request_id] = epoch, self._engine.clock() + self._leases.timeout_s
+            if sequence.request.media:
+                self._begun[request_id] = epoch, self._engine.clock() + self._leases.timeout_s
+            for claim in self._claims.take(request_id, epoch, "claim"):
+                wanted = [i for i in needed if i not in sequence.embeds]
+                claim.reply({"media": [i for i in wanted if claim.media is None or i in claim.media]})
 
     def fence(self, request_id: str, epoch: int) -> None:
         """Make way for an attempt: older ones end here without an outcome.
@@ -128,6 +137,7 @@ class Inbox:
         """
         with self._engine.lock:
             self._engine.fence(request_id, epoch)
+            self.fetches.fence(request_id, epoch)
             expected = self._expected.get(request_id)
             if expected is not None and expected.epoch < epoch:
                 del self._expected[request_id]
@@ -135,22 +145,25 @@ class Inbox:
     def forget(self, request_id: str, epoch: int | None = None) -> bool:
         """End what waits here for a request, or for one attempt of it; whether it had a lease."""
         with self._engine.lock:
-            expected, claim = self._expected.get(request_id), self._claims.get(request_id)
+            expected = self._expected.get(request_id)
             if expected is not None and epoch in (None, expected.epoch):
                 del self._expected[request_id]
-            if claim is not None and epoch in (None, claim.epoch):
-                self._refuse(request_id, f"request {request_id} was ended")
+            for claim in self._claims.take(request_id, epoch):
+                claim.refuse(f"request {request_id} was ended")
+            self.fetches.forget(request_id, epoch)
             return self._leases.end(request_id, epoch)
 
     def sweep(self, now_s: float) -> list[str]:
-        """End leases that nobody kept alive, and the waiting of claims; the requests whose lease ended."""
+        """End leases that nobody kept alive, and the waiting of claims and fetches; the requests whose lease ended."""
         with self._engine.lock:
             late = self._leases.sweep(now_s)
             for request_id in late:
                 self._expected.pop(request_id, None)
-            for request_id in [r for r, claim in self._claims.items() if claim.deadline_s <= now_s]:
-                self._refuse(request_id, f"request {request_id}: no place was reserved in time")
-            self._sated = {r: (epoch, end) for r, (epoch, end) in self._sated.items() if end > now_s}
+                self.fetches.forget(request_id)
+            self.fetches.sweep(now_s)
+            for claim in self._claims.overdue(now_s):
+                claim.refuse(f"request {claim.request_id}: no place was reserved in time")
+            self._begun = {r: (epoch, end) for r, (epoch, end) in self._begun.items() if end > now_s}
             return late
 
     # ---- Sink
@@ -170,8 +183,10 @@ class Inbox:
     def handle(self, message: Message, reply: Reply) -> None:
         """See `Sink`."""
         request_id, epoch = str(message["request_id"]), int(message["epoch"])  # type: ignore[arg-type]
-        if message["type"] == "claim":
-            self._claim(request_id, epoch, reply)
+        if message["type"] in ("claim", "offer"):
+            self._claim(request_id, epoch, message, reply)
+        elif message["type"] in ("prefix", "decline"):
+            self._fetched(request_id, epoch, message, reply)
         elif message["type"] == "commit":
             output = [int(t) for t in message["output"]]  # type: ignore[union-attr, arg-type]
             self._commit(request_id, epoch, int(message["num_pieces"]), output, reply)  # type: ignore[arg-type]
@@ -185,6 +200,8 @@ class Inbox:
 
     def _accept_kv(self, header: PieceHeader, payload: NDArray[np.uint8]) -> None:
         lease = self._leases.find(header.request_id, header.epoch)
+        if header.request_id not in self._expected and header.request_id not in self.fetches:
+            raise TransferFailed(f"request {header.request_id}: no KV is expected any more")
         write_piece(self._engine.runner.kv, self._layout, lease, header, payload)
         if lease.first_piece_s is None:
             lease.first_piece_s = self._wall_clock()
@@ -200,14 +217,14 @@ class Inbox:
         rows = torch.as_tensor(payload).view(runner.dtype).view(-1, self._hidden_size)
         if len(rows) != num_rows or not 0 <= first_row < first_row + num_rows <= total:
             raise TransferFailed(f"request {header.request_id}: {num_rows} rows from {first_row} do not fit {total}")
+        if index in sequence.embeds:
+            return  # from another vision replica, which was faster
         if index not in sequence.arriving:
             sequence.arriving[index] = (
                 torch.empty(total, self._hidden_size, dtype=runner.dtype, device=runner.device),
                 torch.zeros(total, dtype=torch.bool),
             )
         embeds, has_come = sequence.arriving[index]
-        if index in sequence.embeds or has_come[first_row : first_row + num_rows].any():
-            raise TransferFailed(f"request {header.request_id}: rows from {first_row} of picture {index} came twice")
         embeds[first_row : first_row + num_rows] = rows
         has_come[first_row : first_row + num_rows] = True
         if has_come.all():
@@ -215,45 +232,43 @@ class Inbox:
             del sequence.arriving[index]
             self._engine.lock.notify_all()
 
-    def _claim(self, request_id: str, epoch: int, reply: Reply) -> None:
+    def _claim(self, request_id: str, epoch: int, message: Message, reply: Reply) -> None:
         engine = self._engine
         with engine.lock:
             expected, sequence = self._expected.get(request_id), engine.sequences.get(request_id)
-            known = (expected, sequence, self._claims.get(request_id))
-            newest = max((k.epoch for k in known if k is not None), default=epoch)
+            epochs = [known.epoch for known in (expected, sequence) if known is not None]
+            newest = max((*epochs, self._claims.newest(request_id) or epoch), default=epoch)
             if newest > epoch:
                 raise TransferFailed(f"request {request_id}: attempt {epoch} is fenced off by attempt {newest}")
-            self._refuse(request_id, f"request {request_id}: attempt {epoch} claims this place")
-            self._claims[request_id] = _Claim(epoch, reply, engine.clock() + self._leases.timeout_s)
+            claim = Claim(request_id, epoch, message, reply, engine.clock() + self._leases.timeout_s)
+            if message["type"] == "offer":
+                self.fetches.offered(claim)
+                return
+            self._claims.add(claim)
             if expected is not None and expected.epoch == epoch:
                 if expected.is_ready:
                     self._ready(expected, self._leases.find(request_id, epoch))
             elif sequence is not None and sequence.epoch == epoch:
                 self.open_media(sequence)
-            elif self._sated.get(request_id, (None, 0.0))[0] == epoch:
-                self._answer(request_id, epoch, {"media": []})
+            elif self._begun.get(request_id, (None, 0.0))[0] == epoch:
+                for claim in self._claims.take(request_id, epoch, "claim"):
+                    claim.reply({"media": []})
 
-    def _answer(self, request_id: str, epoch: int, message: Message) -> bool:
-        """Tell who claimed this attempt's place that it is reserved; False if nobody did yet."""
-        claim = self._claims.get(request_id)
-        if claim is None or claim.epoch != epoch:
-            return False
-        del self._claims[request_id]
-        claim.reply(message)
-        return True
-
-    def _refuse(self, request_id: str, reason: str) -> None:
-        """Tell who waits for a place, if anybody does, that there will be none."""
-        claim = self._claims.pop(request_id, None)
-        if claim is not None:
-            claim.reply({"error": reason})
+    def _fetched(self, request_id: str, epoch: int, message: Message, reply: Reply) -> None:
+        with self._engine.lock:
+            if message["type"] == "decline":
+                self.fetches.declined(request_id, epoch)
+                reply({})
+            else:
+                self.fetches.arrived(request_id, epoch, int(message["num_pieces"]), reply)  # type: ignore[arg-type]
 
     def _ready(self, expected: _Expected, lease: Lease) -> None:
         """Pieces may come: say so to who has claimed this place."""
         with self._engine.lock:
             expected.is_ready = True
             if self._expected.get(lease.request_id) is expected:
-                self._answer(lease.request_id, lease.epoch, {"cached_blocks": lease.num_shared})
+                for claim in self._claims.take(lease.request_id, lease.epoch, "claim"):
+                    claim.reply({"cached_blocks": lease.num_shared})
 
     def _recall(self, lease: Lease) -> None:
         """A lease has ended that followers write under."""
@@ -275,9 +290,7 @@ class Inbox:
             expected = self._expected.get(request_id)
             if expected is None:
                 raise TransferFailed(f"request {request_id}: its prompt is computed here, no KV is expected")
-            missing = num_pieces - len(lease.pieces)
-            if missing:
-                raise TransferFailed(f"request {request_id}: {missing} of {num_pieces} pieces did not arrive")
+            check_counted(lease, num_pieces)
             num_computed = expected.request.num_prompt_tokens + len(output) - 1
             check_filled(lease, self._layout, num_computed)
             if not self._followers:
@@ -305,7 +318,7 @@ class Inbox:
         request = expected.request
         self._leases.take(request.request_id, lease.epoch)
         del self._expected[request.request_id]
-        sequence = Sequence(request, expected.hashes, epoch=lease.epoch, blocks=lease.blocks)
+        sequence = Sequence(request, expected.hashes, epoch=lease.epoch, blocks=lease.blocks, is_answering=True)
         sequence.tokens = [*request.prompt_token_ids.tolist(), *output]
         sequence.num_computed = len(sequence.tokens) - 1
         now = self._wall_clock()

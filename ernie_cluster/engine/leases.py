@@ -1,16 +1,19 @@
 """Blocks promised to requests before their work or their KV arrives.
 
-A lease has an owner (request id), an epoch (the attempt) and a deadline that heartbeats move on. Whoever writes under
-a lease names its epoch; a lease that was ended or taken over answers to no old epoch. Time comes in as an argument.
+A lease has an owner (request id), an epoch (the attempt) and a deadline that heartbeats move on, though never beyond the
+request's own. Whoever writes under a lease names its epoch; a lease that was ended or taken over answers to no old epoch.
+Time comes in as an argument.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ernie_cluster.engine.block_pool import BlockPool
+from ernie_cluster.engine.block_pool import BlockPool, OutOfBlocks
 from ernie_cluster.errors import ContextTooLong, Overloaded, TransferFailed
 from ernie_cluster.transport.base import Message
 
@@ -26,12 +29,22 @@ class Lease:
     num_shared: int
     """Leading blocks that came from the prefix cache and are never written."""
     deadline_s: float
+    until_s: float = float("inf")
+    """The request's own deadline: no sign of life helps beyond it."""
     pieces: set[int] = field(default_factory=set)
     """Numbers of the pieces that have arrived."""
     bytes_received: int = 0
     first_piece_s: float | None = None
     told: Future[list[Message]] | None = None
     """Other ranks write under this lease too; done when they know it. None where there are none."""
+
+    def owns(self, first: int, count: int) -> bool:
+        """Whether so many blocks from a logical index on are this lease's to write to: inside, and not of the shared prefix."""
+        return self.num_shared <= first < first + count <= len(self.blocks)
+
+    def renew(self, now_s: float, timeout_s: float) -> None:
+        """A sign of life."""
+        self.deadline_s = min(now_s + timeout_s, self.until_s)
 
 
 class LeaseTable:
@@ -45,6 +58,9 @@ class LeaseTable:
     def __init__(self, pool: BlockPool, timeout_s: float) -> None:
         self.pool, self.timeout_s = pool, timeout_s
         self._leases: dict[str, Lease] = {}
+        self._due: list[tuple[float, int, Lease]] = []
+        """Heap of one entry for each lease, under a deadline that may have moved on since; and of some that have ended."""
+        self._numbers = itertools.count()
         self._ending: list[Lease] = []
         """Ended, but other ranks may be writing into their blocks still."""
         self.recall: Callable[[Lease], None] = _no_recall
@@ -52,6 +68,9 @@ class LeaseTable:
 
     def __len__(self) -> int:
         return len(self._leases)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._leases
 
     def blocks(self) -> list[int]:
         """All leased blocks, shared ones as often as they are leased."""
@@ -70,6 +89,7 @@ class LeaseTable:
         reserve_tokens: int,
         now_s: float,
         keep_free: int = 0,
+        until_s: float = float("inf"),
     ) -> Lease:
         """Blocks for `num_tokens` and a first stretch of output; the cached prefix is shared.
 
@@ -80,6 +100,7 @@ class LeaseTable:
             hashes: content hashes of the prompt's full blocks; the last token is never taken from the cache.
             reserve_tokens: output tokens to hold blocks for, as far as there are any.
             keep_free: blocks that must stay free, since others have waited for them longer.
+            until_s: the request's own deadline.
 
         Raises:
             ContextTooLong: the tokens would not fit even if all blocks were free.
@@ -97,17 +118,15 @@ class LeaseTable:
             if old.epoch >= epoch:
                 raise TransferFailed(f"request {request_id}: attempt {epoch} came after attempt {old.epoch}")
             self.end(request_id)
-        shared = self.pool.share(hashes[: (num_tokens - 1) // self.pool.block_size])
-        wanted = min(self.pool.num_blocks_for(num_tokens + reserve_tokens), capacity) - len(shared)
-        free = self.pool.num_free
-        if wanted + keep_free > free:
-            self.pool.free(shared)
-            raise Overloaded(
-                f"KV cache is full: {wanted} blocks wanted, {free} of {capacity} free, {keep_free} of them spoken for"
-            )
-        own = self.pool.allocate(wanted)
-        lease = Lease(request_id, epoch, shared + own, len(shared), now_s + self.timeout_s)
+        usable = hashes[: (num_tokens - 1) // self.pool.block_size]
+        wanted = min(self.pool.num_blocks_for(num_tokens + reserve_tokens), capacity)
+        try:
+            blocks, num_shared = self.pool.acquire(usable, wanted, keep_free)
+        except OutOfBlocks as e:
+            raise Overloaded(f"KV cache is full: {e}") from None
+        lease = Lease(request_id, epoch, blocks, num_shared, min(now_s + self.timeout_s, until_s), until_s)
         self._leases[request_id] = lease
+        self._watch(lease)
         return lease
 
     def find(self, request_id: str, epoch: int) -> Lease:
@@ -152,14 +171,24 @@ class LeaseTable:
         """A sign of life."""
         lease = self._leases.get(request_id)
         if lease is not None:
-            lease.deadline_s = now_s + self.timeout_s
+            lease.renew(now_s, self.timeout_s)
 
     def sweep(self, now_s: float) -> list[str]:
-        """End all leases whose deadline has passed; their request ids."""
-        late = [r for r, lease in self._leases.items() if lease.deadline_s <= now_s]
-        for request_id in late:
-            self.end(request_id)
+        """End all leases whose deadline has passed; their request ids. Looks at those only that were due without renewal."""
+        late: list[str] = []
+        while self._due and self._due[0][0] <= now_s:
+            _, _, lease = heapq.heappop(self._due)
+            if self._leases.get(lease.request_id) is not lease:
+                continue  # ended meanwhile
+            if lease.deadline_s > now_s:
+                self._watch(lease)
+                continue
+            self.end(lease.request_id)
+            late.append(lease.request_id)
         return late
+
+    def _watch(self, lease: Lease) -> None:
+        heapq.heappush(self._due, (lease.deadline_s, next(self._numbers), lease))
 
 
 def _no_recall(lease: Lease) -> None:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 _MEMORY = 0.98
 """What each measurement leaves of the weight of those before it: about fifty count."""
+_LEAST_S = 1e-5
+"""Shorter work counts as this long."""
 
 
 class Line(NamedTuple):
@@ -16,19 +18,20 @@ class Line(NamedTuple):
 
 
 class Pace:
-    """Least squares over the last measurements, neither part below 0."""
+    """Least squares over the last measurements of the shares by which they are missed, neither part below 0: were it
+    seconds, long pieces of work would say what short ones take."""
 
     def __init__(self) -> None:
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def note(self, size: int, seconds: float) -> None:
         """A piece of work of `size` took so long."""
-        keep = _MEMORY
-        self._n = keep * self._n + 1
-        self._x = keep * self._x + size
-        self._y = keep * self._y + seconds
-        self._xx = keep * self._xx + size * size
-        self._xy = keep * self._xy + size * seconds
+        keep, weight = _MEMORY, max(seconds, _LEAST_S) ** -2
+        self._n = keep * self._n + weight
+        self._x = keep * self._x + weight * size
+        self._y = keep * self._y + weight * seconds
+        self._xx = keep * self._xx + weight * size * size
+        self._xy = keep * self._xy + weight * size * seconds
 
     @property
     def line(self) -> Line | None:

@@ -16,6 +16,7 @@ from ernie_cluster.engine.crew import Command, Crew, empty_step, hear, receive
 from ernie_cluster.engine.graphs import GraphedDecoder, choose_graphs
 from ernie_cluster.engine.sampler import Sampled, SamplerRow, sample_and_report
 from ernie_cluster.engine.shared_kv import share_kv
+from ernie_cluster.errors import EngineFailed
 from ernie_cluster.model.build import Role, build_decoder, has_vision_experts, torch_dtype
 from ernie_cluster.model.checkpoint import Checkpoint
 from ernie_cluster.model.decoder import Decoder, no_hook
@@ -39,6 +40,8 @@ class Runner:
     crew: Crew = field(default_factory=Crew)
     graphs: GraphedDecoder | None = None
     """Runs the decoder where it can; None: it runs by itself."""
+    rejects_nan: bool = False
+    """Stop at logits that are not numbers, as they are when KV was read that nobody held, see `poison`."""
 
     @classmethod
     def load(
@@ -158,9 +161,9 @@ class Runner:
     def follow(self, tp: Group, noted: Callable[[list[Message]], Callable[[int], None]] = _nothing) -> None:
         """Run what the leader of a tensor-parallel group announces, until it says stop; raises GangBroken.
 
-        `noted` is told what the leader noted for a step, and gives what is to be called after each of its layers.
+        `noted` is told what the leader notes, and gives what is to be called after each layer of the step that comes next.
         """
-        notes: list[Message] = []
+        layer_done: Callable[[int], None] = no_hook
         while True:
             command, step = receive(tp, self.decoder.embed)
             if command is Command.STOP:
@@ -169,10 +172,13 @@ class Runner:
                 assert self.crew.balancer is not None
                 self.crew.balancer.follow(tp)
             if command is Command.NOTES:
-                notes = hear(tp)
+                layer_done = noted(hear(tp))
             if step is not None:
-                self._forward(step, noted(notes))
-                notes = []
+                self._forward(step, layer_done)
+                layer_done = no_hook
 
     def _forward(self, step: StepInput, layer_done: Callable[[int], None] = no_hook) -> torch.Tensor:
-        return (self.graphs or self.decoder)(step, self.kv, layer_done)
+        logits = (self.graphs or self.decoder)(step, self.kv, layer_done)
+        if self.rejects_nan and logits.isnan().any():
+            raise EngineFailed("logits are NaN: a sequence has read KV of a block that nobody held")
+        return logits

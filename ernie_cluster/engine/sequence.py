@@ -31,7 +31,7 @@ class Sequence:
 
     request: GenerationRequest
     hashes: list[bytes]
-    """Content hash of each full block of the prompt."""
+    """Content hash of each full block of the prompt, and of the answer where it is computed; none without a prefix cache."""
     blocks: list[int] = field(default_factory=list)
     """Logical block index -> block id."""
     num_computed: int = 0
@@ -40,11 +40,15 @@ class Sequence:
     """Prompt tokens that came from the prefix cache when the request was taken in."""
     is_prefill_only: bool = False
     """The first token ends the work here; decode goes on elsewhere."""
+    is_answering: bool = False
+    """Its first token is out, and the others follow here; also while it is computed again."""
     epoch: int = 0
     status: Status = Status.WAITING
     tokens: list[int] = field(default_factory=list)
     """Prompt and output."""
     is_aborted: bool = False
+    turn: int = 0
+    """Smaller for those that a scheduler took in before; a preempted sequence keeps its own."""
     arrived_s: float = 0.0
     """Engine clock."""
     deadline_s: float = float("inf")
@@ -57,6 +61,10 @@ class Sequence:
     """Pictures whose embeddings were asked for; the prefix cache covered the others."""
     first_scheduled_s: float | None = None
     prefill_done_s: float | None = None
+    read_tokens: int = 0
+    """Computed here in chunks, of the prompt or replay that is under way."""
+    read_s: float = 0.0
+    """Their share of the steps."""
     num_preemptions: int = 0
     num_published: int = 0
     constraint: Constraint | None = None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ernie_cluster.config.kv_layout import KVLayout, kv_heads_of_rank
+from ernie_cluster.engine.block_pool import Hold
 from ernie_cluster.engine.leases import Lease
 from ernie_cluster.errors import TransferFailed
 from ernie_cluster.model.decoder import no_hook
@@ -72,6 +73,7 @@ class Outgoing:
         self._lock = threading.Lock()
         self._accepted_bytes = 0
         self._error: Exception | None = None
+        self._is_given_up = False
         self._settled: tuple[int, Callable[[Exception | None], None]] | None = None
 
     def settle(self, nbytes: int, done: Callable[[Exception | None], None]) -> None:
@@ -81,10 +83,16 @@ class Outgoing:
         self._look()
 
     def fail(self, error: Exception) -> None:
-        """Nothing more will come of it."""
+        """Nothing more will come of it: what has not been read yet never will be."""
         with self._lock:
             self._error = self._error or error
+            self._is_given_up = True
         self._look()
+
+    def check(self) -> None:
+        """Raises TransferFailed when it was given up: the blocks may be others' by now."""
+        if self._is_given_up:
+            raise TransferFailed(f"request {self.request_id}: attempt {self.epoch} was given up: {self._error}")
 
     def pushed(self, nbytes: int, answer: Future[None]) -> None:
         """A piece is on its way."""
@@ -114,6 +122,16 @@ class Run:
     """Logical index in the sequence."""
     blocks: list[int]
     """Their ids in this cache."""
+    hold: Hold | None = None
+    """That they are kept until they are read; None on a rank that has no pool, where the leader says what it gives up."""
+
+    def check(self) -> None:
+        """Raises TransferFailed when what was read up to now may have been another's."""
+        self.outgoing.check()
+        if self.hold is not None and not self.hold.is_valid:
+            raise TransferFailed(
+                f"request {self.outgoing.request_id}: blocks of attempt {self.outgoing.epoch} changed hands before they were sent"
+            )
 
 
 class SliceSender:
@@ -175,6 +193,7 @@ class SliceSender:
                 torch.cuda.current_stream(source.device).wait_event(written)
             target = torch.as_tensor(out).view(source.dtype).view(*source.shape[:2], len(blocks), *source.shape[3:])
             gather_blocks(source, blocks, target)
+            run.check()  # not before, for they may change hands meanwhile
 
         outgoing.pushed(piece.nbytes, channel.push(header, pack))
 
@@ -192,7 +211,7 @@ def write_piece(kv: KVCache, layout: KVLayout, lease: Lease, header: PieceHeader
         raise TransferFailed(f"request {header.request_id}: piece {header.piece} came twice")
     is_inside = (
         0 <= first_layer < first_layer + num_layers <= layout.num_layers
-        and lease.num_shared <= first < first + count <= len(lease.blocks)
+        and lease.owns(first, count)
         and 0 <= first_head < first_head + num_heads <= layout.num_kv_heads
         and header.nbytes == num_layers * count * num_heads * (layout.block_bytes_per_layer // layout.num_kv_heads)
     )
@@ -203,6 +222,13 @@ def write_piece(kv: KVCache, layout: KVLayout, lease: Lease, header: PieceHeader
     scatter_blocks(source, torch.tensor(lease.blocks[first : first + count]), target)
     lease.pieces.add(header.piece)
     lease.bytes_received += header.nbytes
+
+
+def check_counted(lease: Lease, num_pieces: int) -> None:
+    """Whether so many pieces have come to this rank; TransferFailed if not."""
+    missing = num_pieces - len(lease.pieces)
+    if missing:
+        raise TransferFailed(f"request {lease.request_id}: {missing} of {num_pieces} pieces did not arrive")
 
 
 def check_filled(lease: Lease, layout: KVLayout, num_tokens: int) -> None:

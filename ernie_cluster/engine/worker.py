@@ -2,47 +2,57 @@
 
 The same object serves every role. What it is asked decides: `open_prefill` with a destination hands the prompt's KV
 over, without one it goes on decoding here (mixed); `open_decode` waits for KV. All calls return at once.
+
+Everything that is kept for somebody else has an owner and a bound, so it comes back when that one dies:
+
+    blocks of a lease             LeaseTable    lease timeout without a sign of life, and the request's own deadline
+      that followers write, too   LeaseTable    until these have forgotten it; one that does not answer ends the gang
+    blocks of a hand-over         KVSender      its commit's timeout, or the channel's stall timeout before that
+    blocks of a loan              Lender        its offer's timeout, or the channel's stall timeout after that
+    a prompt on its way in        Openings      its lease
+    a wait for a prefix           Fetches       its deadline, within half a lease
+    a sender that waits           Claims        lease timeout
+    rows of a picture             Sequence      the request's own deadline
+    a follower's lease, its part  Follower      what the leader says: forget, complete; drop, settle
+      of a hand-over
+    staging memory, objects       Channel       acknowledged, refused, or the stall timeout, with which the channel ends
+
+What is read outside the engine's lock (pieces, by channels' threads) relies on the pins of a hand-over and a loan. Where these
+are given up early, for an abort or a piece that failed, a `Hold` tells the reader that the blocks may be others' by now; on
+following ranks, which have no pool, the leader's `drop` does. Copies to and from the host's memory are made under the lock.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
-from ernie_cluster.config.experts import ExpertUse, LayerExperts
+from ernie_cluster.config.experts import LayerExperts
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.deltas import Delta
 from ernie_cluster.engine.batch import BatchBuilder
 from ernie_cluster.engine.block_pool import BlockPool
-from ernie_cluster.engine.engine import Engine, Outcome
-from ernie_cluster.engine.followers import Followers
+from ernie_cluster.engine.engine import Engine, Outcome, parted
+from ernie_cluster.engine.followers import Followers, LedMemory
 from ernie_cluster.engine.handover import NO_PEERS, Destination, KVSender, Peers
+from ernie_cluster.engine.host_tier import HostTier
 from ernie_cluster.engine.inbox import Inbox
 from ernie_cluster.engine.leases import LeaseTable
-from ernie_cluster.engine.pace import Line
+from ernie_cluster.engine.lending import Lender
+from ernie_cluster.engine.openings import Openings
+from ernie_cluster.engine.poison import LedPoison
 from ernie_cluster.engine.runner import Runner
-from ernie_cluster.engine.sampler import SamplerRow
-from ernie_cluster.engine.scheduler import Schedule, Scheduler
+from ernie_cluster.engine.scheduler import Scheduler
 from ernie_cluster.engine.sequence import Sequence
-from ernie_cluster.errors import EngineFailed, ErnieClusterError, Overloaded, TransferFailed
+from ernie_cluster.engine.snapshot import WorkerSnapshot
+from ernie_cluster.engine.thread import EngineThread
+from ernie_cluster.engine.warm_up import warm_up
+from ernie_cluster.errors import EngineFailed, Overloaded, TransferFailed
 from ernie_cluster.grammar.compile import Compiler
-from ernie_cluster.request import GenerationRequest, RequestFailed, SamplingParams, block_hashes
-from ernie_cluster.transport.base import Channel, Message
-
-log = logging.getLogger(__name__)
-
-_BLOCKED_WAIT_S = 0.01
-"""Pause of an engine that could run nothing, because somebody else holds the blocks that it needs."""
-
-
-_VOTE_WAIT_S = 0.02
-"""Idle engines of a gang with several leaders ask each other this often: so long may a first token wait for them."""
+from ernie_cluster.request import GenerationRequest, RequestFailed, block_hashes
+from ernie_cluster.transport.base import Channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,33 +68,11 @@ class WorkerSettings:
     lease_timeout_s: float
     piece_bytes: int
     can_encode: bool
-    """Whether embeddings of pictures can come here; False for the decode role."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSnapshot:
-    """Load of one engine, at one moment."""
-
-    num_running: int
-    num_waiting: int
-    waiting_tokens: int
-    """Prompt tokens not computed yet."""
-    num_leases: int
-    free_blocks: int
-    total_blocks: int
-    steps: int
-    run_s: float
-    prompt_tokens: int
-    generated_tokens: int
-    preemptions: int
-    kv_bytes_sent: int
-    kv_bytes_received: int
-    experts: ExpertUse | None = None
-    """None in a model without experts."""
-    reading: Line | None = None
-    """Steps with tokens of prompts, by tokens; None before the first."""
-    writing: Line | None = None
-    """Steps in which each sequence gets one token, by sequences."""
+    """Whether embeddings of pictures can come here; False where only text is decoded."""
+    host_blocks: int = 0
+    """Blocks that the host's memory behind the KV cache holds; 0 = there is none."""
+    poison_freed_blocks: bool = False
+    """See `EngineConfig`."""
 
 
 class Worker:
@@ -108,11 +96,20 @@ class Worker:
     ) -> None:
         self.settings, self._emit = settings, emit
         kv = runner.kv
-        self.pool = BlockPool(kv.data.shape[2], settings.block_size, enable_prefix_cache=settings.enable_prefix_cache)
-        self.layout = layout = KVLayout.of_cache(kv.data.shape, kv.data.element_size())
         self._followers = Followers(runner.crew.note, settings.lease_timeout_s, self._fail)
+        host_blocks, has_cache = settings.host_blocks, settings.enable_prefix_cache
+        self.host_tier = HostTier(LedMemory(kv.data, host_blocks, self._followers)) if host_blocks else None
+        self.pool = BlockPool(
+            kv.data.shape[2],
+            settings.block_size,
+            enable_prefix_cache=has_cache,
+            tier=self.host_tier,
+            eraser=LedPoison(kv.data, self._followers) if settings.poison_freed_blocks else None,
+        )
+        self.layout = layout = KVLayout.of_cache(kv.data.shape, kv.data.element_size())
         self.sender = KVSender(
             kv,
+            self.pool,
             layout,
             config.text.num_kv_heads,
             self._followers,
@@ -134,34 +131,14 @@ class Worker:
         self.leases = LeaseTable(self.pool, settings.lease_timeout_s)
         hidden_size, followers = config.text.hidden_size, self._followers
         self.inbox = Inbox(self.engine, self.leases, layout, hidden_size, followers, wall_clock=time.time)
-        self._opening: dict[str, Sequence] = {}
-        self._is_stopping = False
+        self.lender = Lender(self.engine, kv, layout, self._followers, piece_bytes=settings.piece_bytes)
+        self._openings = Openings(self.engine, self.leases, self.inbox, self.sender, self._followers, emit)
         self.failure: EngineFailed | None = None
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread = EngineThread(self.engine, self.inbox.fetches, settings.lease_timeout_s, self.sweep, self._fail)
 
     def warm_up(self) -> None:
-        """Run a prompt and decode steps before anybody waits for them: compiles kernels, touches memory, records graphs."""
-        prompt = np.zeros(min(32, self.settings.max_batch_tokens), dtype=np.int32)
-        request = GenerationRequest(
-            "warm-up",
-            "",
-            prompt,
-            np.tile(np.arange(len(prompt), dtype=np.int32), (3, 1)),
-            SamplingParams(temperature=0),
-        )
-        sequence = Sequence(request, [], blocks=self.pool.allocate(1))
-        sequence.blocks *= self.pool.num_blocks_for(len(prompt) + 1)  # nobody reads what it writes
-        buckets = self.engine.runner.buckets
-        sizes = (1,) if buckets is None else buckets.sizes[::-1]  # the largest first: the others fit into its memory
-        schedules = [Schedule(chunks=[(sequence, len(prompt))]), *(Schedule(decodes=[sequence] * n) for n in sizes)]
-        row = SamplerRow(request.sampling, 0, (), (), ())
-        for i, schedule in enumerate(schedules):
-            rows = [row] * max(1, len(schedule.decodes))
-            self.engine.runner.run(self.engine.builder.build(schedule), rows)
-            sequence.tokens, sequence.num_computed = [0] * (len(prompt) + 1), len(prompt)
-            if i and buckets is not None:
-                log.info("recorded decode steps of %d: %d of %d CUDA graphs", len(schedule.decodes), i, len(sizes))
-        self.pool.free(sequence.blocks[:1])
+        """See `warm_up`; before `start`."""
+        warm_up(self.engine, self.settings.max_batch_tokens, self.settings.max_num_seqs)
 
     def lead(self, channels: Iterable[Channel]) -> None:
         """Other ranks hold KV heads too: channels to their `Follower`s, in order, to be closed by the caller."""
@@ -172,16 +149,18 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after the running step; waiting requests are left to whoever stops us."""
-        with self.engine.lock:
-            self._is_stopping = True
-            self.engine.lock.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.stop()
 
     # ---- control, from any thread
 
     def open_prefill(
-        self, request: GenerationRequest, epoch: int, channel: Channel | None, peers: Peers = NO_PEERS
+        self,
+        request: GenerationRequest,
+        epoch: int,
+        channel: Channel | None,
+        peers: Peers = NO_PEERS,
+        *,
+        prefix_s: float = 0.0,
     ) -> None:
         """Compute a prompt here, and its answer too when there is no `channel` to a decode replica.
 
@@ -190,63 +169,75 @@ class Worker:
         Args:
             channel: to the rank that leads over there.
             peers: its ranks, where KV heads are spread over ranks on either side.
+            prefix_s: how long to wait for a prefix that another replica may `lend`; 0 = none will come.
 
         Raises:
             ContextTooLong, Overloaded: no blocks for the prompt, ever or now.
             TransferFailed: this attempt, or a newer one, is here already.
+            ReplicaDraining: this replica parts with everything.
+        """
+        self._check_open(request)
+        reserve = 0 if channel is not None else min(request.sampling.max_tokens, self.settings.reserve_output_tokens)
+        self._openings.open(request, epoch, self._hashes(request), reserve, channel, peers, prefix_s)
+
+    def lend(
+        self, request: GenerationRequest, epoch: int, num_blocks: int, channel: Channel, peers: Peers = NO_PEERS
+    ) -> None:
+        """Send what is cached here of a prompt's first blocks to the replica that computes it, if it waits for them.
+
+        Nothing here depends on how that ends.
+
+        Args:
+            num_blocks: how many at most.
+            channel, peers: to that replica, as of `open_prefill`.
         """
         self._check_alive()
-        hashes = self._hashes(request)
-        num_tokens = request.num_prompt_tokens + len(request.output_token_ids)
-        reserve = 0 if channel is not None else min(request.sampling.max_tokens, self.settings.reserve_output_tokens)
-        with self.engine.lock:
-            self.inbox.fence(request.request_id, epoch)
-            owed = self.engine.scheduler.num_blocks_owed
-            lease = self.leases.grant(request.request_id, epoch, num_tokens, hashes, reserve, self.engine.clock(), owed)
-            sequence = Sequence(request, hashes, blocks=lease.blocks, epoch=epoch)
-            sequence.num_computed = sequence.num_cached = lease.num_shared * self.settings.block_size
-            sequence.num_published = lease.num_shared
-            self._opening[request.request_id] = sequence
-        if channel is None:
-            self._begin(sequence, None, 0)
-            return
-        message: Message = {"type": "claim", "request_id": request.request_id, "epoch": epoch}
-        claim = channel.call(message, self.settings.lease_timeout_s)
-        reached = self._followers.reach(request.request_id, epoch, peers.endpoints)
-
-        def answered() -> None:
-            try:
-                reply = claim.result()
-                if "error" in reply:
-                    raise TransferFailed(str(reply["error"]))
-                reached.result()
-                begun = self._begin(sequence, Destination(channel, peers), int(reply["cached_blocks"]))  # type: ignore[arg-type]
-            except ErnieClusterError as e:
-                begun = False
-                if self._drop(sequence):
-                    self._emit([RequestFailed(request.request_id, e)])
-            if not begun:
-                self._followers.drop(request.request_id, epoch)
-
-        claim.add_done_callback(lambda _: reached.add_done_callback(lambda _: answered()))
+        num_tokens = request.num_prompt_tokens + len(request.output_token_ids)  # the last is always computed
+        hashes = self._hashes(request)[: min(num_blocks, (num_tokens - 1) // self.settings.block_size)]
+        self.lender.lend(request.request_id, epoch, hashes, self.sender.part, Destination(channel, peers))
 
     def open_decode(self, request: GenerationRequest, epoch: int) -> None:
-        """Lease blocks for a request whose prompt is computed elsewhere; raises as `Inbox.expect` does."""
-        self._check_alive()
+        """Lease blocks for a request whose prompt is computed elsewhere; raises as `open_prefill` does."""
+        self._check_open(request)
         reserve = min(request.sampling.max_tokens, self.settings.reserve_output_tokens)
         hashes = self._hashes(request)
         with self.engine.lock:
             self.inbox.expect(request, hashes, epoch, reserve)
-            self._opening.pop(request.request_id, None)  # an older attempt, whose lease has just ended
+            self._openings.forget(request.request_id)  # an older attempt, whose lease has just ended
+            self.engine.lock.notify_all()  # followers may have to hear of copies before they know the lease
         if request.sampling.grammar:
             self.engine.grammars.prepare(request.sampling.grammar)
 
     def abort(self, request_id: str) -> bool:
         """End a request here, wherever it stands; its blocks are free within a step. False if it is unknown."""
         with self.engine.lock:
-            self._opening.pop(request_id, None)
+            self._openings.forget(request_id)
             had_lease = self.inbox.forget(request_id)
             return self.engine.abort(request_id) or had_lease
+
+    def gone(self, request_ids: Iterable[str]) -> list[str]:
+        """Those of which nothing is left here; the last of their outcomes may be on its way."""
+        with self.engine.lock:
+            return [r for r in request_ids if r not in self.engine.sequences and r not in self.leases]
+
+    def part(self) -> None:
+        """End all requests here with `ReplicaDraining`, after their last tokens, and take no more until `stay`.
+
+        What is being handed over arrives first, and what is cached here may be lent on.
+        """
+        with self.engine.lock:
+            self.engine.is_parting = True
+            waiting = [*self._openings.request_ids(), *self.inbox.request_ids()]
+            for request_id in waiting:
+                self._openings.forget(request_id)
+                self.inbox.forget(request_id)
+            self.engine.lock.notify_all()
+        self._emit([RequestFailed(r, parted(r)) for r in waiting])
+
+    def stay(self) -> None:
+        """Take requests again."""
+        with self.engine.lock:
+            self.engine.is_parting = False
 
     def renew(self, request_ids: Iterable[str]) -> None:
         """Whoever wants these answers is alive: their leases live on."""
@@ -259,9 +250,10 @@ class Worker:
         engine, counters, balancer = self.engine, self.engine.counters, self.engine.runner.crew.balancer
         with engine.lock:
             queued = [*engine.scheduler.running, *engine.scheduler.waiting]
+            num_prompts, num_answers = engine.count_stages()
             return WorkerSnapshot(
                 num_running=len(engine.scheduler.running),
-                num_waiting=len(engine.scheduler.waiting) + len(self._opening),
+                num_waiting=len(engine.scheduler.waiting) + len(self._openings),
                 waiting_tokens=sum(s.num_uncomputed for s in queued if not s.is_decoding),
                 num_leases=len(self.leases),
                 free_blocks=max(0, self.pool.num_free - engine.scheduler.num_blocks_owed),
@@ -271,15 +263,21 @@ class Worker:
                 prompt_tokens=counters.prompt_tokens,
                 generated_tokens=counters.generated_tokens,
                 preemptions=counters.preemptions,
-                kv_bytes_sent=self.sender.bytes_sent,
+                kv_bytes_sent=self.sender.bytes_sent + self.lender.bytes_sent,
                 kv_bytes_received=self.inbox.bytes_received,
                 experts=None if balancer is None else balancer.use,
                 reading=engine.reading.line,
                 writing=engine.writing.line,
+                num_prompts=num_prompts + len(self._openings),
+                num_answers=num_answers + self.inbox.num_expected,
+                has_read=counters.reading,
+                has_written=counters.writing,
+                written=counters.written,
+                host_tier=None if self.host_tier is None else self.host_tier.use,
             )
 
     def cached(self, since: int | None) -> Delta:
-        """How the prefix cache has changed since a version; None = all of it."""
+        """How the prefix cache, the host's memory behind it included, has changed since a version; None = all of it."""
         with self.engine.lock:
             return self.pool.log.since(since)
 
@@ -289,9 +287,10 @@ class Worker:
         return [] if balancer is None else balancer.layers()
 
     def check(self) -> bool:
-        """Invariants, and that every used block belongs to a sequence or a lease."""
+        """Invariants, and that every used block belongs to a sequence or a lease, or is lent."""
         with self.engine.lock:
-            return self.engine.check() and self.pool.check([*self.engine.blocks(), *self.leases.blocks()])
+            held = [*self.engine.blocks(), *self.leases.blocks(), *self.lender.blocks()]
+            return self.engine.check() and self.pool.check(held)
 
     # ---- inside
 
@@ -303,30 +302,13 @@ class Worker:
     def _check_alive(self) -> None:
         if self.failure is not None:
             raise self.failure
-        if self._is_stopping:
+        if self._thread.is_stopping:
             raise Overloaded("this replica is shutting down", 1.0)
 
-    def _begin(self, sequence: Sequence, destination: Destination | None, first_block: int) -> bool:
-        """The whole path is reserved: the sequence may be scheduled. False when it is not wanted any more."""
-        with self.engine.lock:
-            if self._opening.get(sequence.request_id) is not sequence:
-                return False  # aborted, or fenced off by a newer attempt; its lease is gone
-            del self._opening[sequence.request_id]
-            self.leases.take(sequence.request_id, sequence.epoch)
-            if destination is not None:
-                self.sender.begin(sequence, destination, first_block)
-            self.engine.add(sequence)
-            self.inbox.open_media(sequence)
-            return True
-
-    def _drop(self, sequence: Sequence) -> bool:
-        """The path could not be reserved; False when the request was ended by others already."""
-        with self.engine.lock:
-            if self._opening.get(sequence.request_id) is not sequence:
-                return False
-            del self._opening[sequence.request_id]
-            self.inbox.forget(sequence.request_id, sequence.epoch)
-            return True
+    def _check_open(self, request: GenerationRequest) -> None:
+        self._check_alive()
+        if self.engine.is_parting:
+            raise parted(request.request_id)
 
     def _handed_over(self, sequence: Sequence, error: Exception | None) -> None:
         is_wanted = not sequence.is_aborted
@@ -334,46 +316,20 @@ class Worker:
         if error is not None and is_wanted:
             self._emit([RequestFailed(sequence.request_id, error)])
 
-    def _loop(self) -> None:
-        engine, idle_s = self.engine, min(1.0, self.settings.lease_timeout_s / 4)
-        try:
-            next_sweep = engine.clock() + idle_s
-            did_run, are_others_busy = True, False
-            while True:
-                with engine.lock:
-                    if self._is_stopping:
-                        break
-                    if not engine.has_work():
-                        if not are_others_busy:
-                            engine.lock.wait(min(idle_s, _VOTE_WAIT_S) if engine.runner.crew.has_peers else idle_s)
-                    elif not did_run:
-                        engine.lock.wait(_BLOCKED_WAIT_S)
-                if engine.clock() >= next_sweep:
-                    self.sweep()
-                    next_sweep = engine.clock() + idle_s
-                did_run = engine.step()
-                are_others_busy = not did_run and engine.runner.rest()
-            engine.runner.crew.dismiss()
-        except Exception as e:
-            if self._is_stopping:
-                return  # the gang is stopping too, and some of its ranks were faster
-            log.exception("the engine stopped")
-            self._fail(EngineFailed(f"the engine stopped: {type(e).__name__}: {e}"))
-
     def sweep(self) -> None:
         with self.engine.lock:
             late = self.inbox.sweep(self.engine.clock())
             for request_id in late:
-                self._opening.pop(request_id, None)
+                self._openings.forget(request_id)
         for request_id in late:
             self._emit([RequestFailed(request_id, TransferFailed(f"request {request_id}: its lease ran out"))])
 
     def _fail(self, failure: EngineFailed) -> None:
         """Tell everybody; the replica is replaced, so nothing is cleaned up."""
         with self.engine.lock:
-            if self._is_stopping:
+            if self._thread.is_stopping:
                 return  # so are the other ranks
             self.failure = failure
             self.engine.lock.notify_all()
-            ids = {*self.engine.sequences, *self._opening}
+            ids = {*self.engine.sequences, *self._openings.request_ids(), *self.inbox.request_ids()}
         self._emit([RequestFailed(r, failure) for r in ids])

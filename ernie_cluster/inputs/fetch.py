@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes, urljoin
 
-from ernie_cluster.config.cluster import MEDIA_HOST
+from ernie_cluster.config.api import MEDIA_HOST
 from ernie_cluster.errors import InvalidRequest
 from ernie_cluster.request import MediaKind
 

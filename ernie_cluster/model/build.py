@@ -16,13 +16,14 @@ from torch import nn
 
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import WHOLE, Shard
-from ernie_cluster.config.quantization import Method, Quantization, choose_method
+from ernie_cluster.config.quantization import FIRST_WITH_FP8, Method, Quantization, choose_method
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model.cuda_ops import CudaOps, choose_fuse
 from ernie_cluster.model.decoder import Decoder
 from ernie_cluster.model.flash import UnpackedAttention, choose_flash
 from ernie_cluster.model.kv_pages import PAGES, PLAIN_PAGES, PlainPages
 from ernie_cluster.model.ops import TorchOps
+from ernie_cluster.model.padding import PaddedOps
 from ernie_cluster.model.storage import Storage
 from ernie_cluster.model.vision import VisionEncoder
 
@@ -31,16 +32,13 @@ Role = Literal["vision", "prefill", "decode", "mixed"]
 # Below this width a decode step is all call overhead, and compiling kernels at start-up would not pay.
 _SMALLEST_COMPILED_WIDTH = 512
 
-_FIRST_WITH_FP8 = (9, 0)
-"""Compute capability of Hopper."""
-
 
 def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def choose_ops(config: ModelConfig, storage: Storage, pages: PlainPages, device: torch.device) -> TorchOps:
-    """`CudaOps` for bfloat16 on GPUs, compiled kernels for bfloat16 (and 8 and 4 bits) on CPU, else plain torch.
+    """`CudaOps` for bfloat16 on GPUs, `PaddedOps` with or without compiled kernels for it on CPU, else plain torch.
 
     `ERNIE_CPU_KERNELS=torch` turns the compiled ones off, `=numba` forces them for small models too.
     """
@@ -51,10 +49,11 @@ def choose_ops(config: ModelConfig, storage: Storage, pages: PlainPages, device:
         flash = choose_flash(device)
         return CudaOps(flash if pages is PLAIN_PAGES else UnpackedAttention(flash, pages), choose_fuse(), pages)
     method = storage.method
-    is_fit = device.type == "cpu" and storage.dtype == torch.bfloat16 and not (method and method.is_fp8)
-    is_large = config.text.hidden_size >= _SMALLEST_COMPILED_WIDTH
-    if not is_fit or wish == "torch" or (wish == "auto" and not is_large):
+    if device.type != "cpu" or storage.dtype != torch.bfloat16:
         return TorchOps(pages)
+    is_large = config.text.hidden_size >= _SMALLEST_COMPILED_WIDTH
+    if (method and method.is_fp8) or wish == "torch" or (wish == "auto" and not is_large):
+        return PaddedOps(pages)
     from ernie_cluster.model.cpu_ops import NumbaCodeOps, NumbaOps  # numba takes a second to import
 
     ops: TorchOps = NumbaOps(pages) if method is None else NumbaCodeOps(pages)
@@ -99,7 +98,7 @@ def build_decoder(
 
 def check_device(method: Method, device: torch.device) -> None:
     """Raise ConfigError where a GPU is too old for a method."""
-    if method.is_fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_WITH_FP8:
+    if method.is_fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < FIRST_WITH_FP8:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"quantization fp8 needs a Hopper GPU or a newer one, and this is {name}; use wint8")
 

@@ -1,4 +1,4 @@
-"""`TorchOps` with compiled kernels where they are faster: few tokens, bfloat16, CPU."""
+"""`PaddedOps` with compiled kernels where they are faster: few tokens, bfloat16, CPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 # as many threads as torch has; numba reads this once, when it is imported
 os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
 
 from ernie_cluster.model import cpu_kernels
 from ernie_cluster.model.kv_pages import PLAIN_PAGES, PlainPages
-from ernie_cluster.model.ops import ExpertWeights, TorchOps
+from ernie_cluster.model.ops import ExpertWeights
+from ernie_cluster.model.padding import PaddedOps
 from ernie_cluster.model.step import StepInput
 from ernie_cluster.model.storage import QuantisedWeight, Weight
 
@@ -39,8 +39,8 @@ def _new(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.bfloat16)
 
 
-class NumbaOps(TorchOps):
-    """See `TorchOps`; keeps a view of each weight that it has seen. Pages in 8 bits are left to torch."""
+class NumbaOps(PaddedOps):
+    """See `PaddedOps`; keeps a view of each weight that it has seen. Pages in 8 bits are left to torch."""
 
     def __init__(self, pages: PlainPages = PLAIN_PAGES) -> None:
         super().__init__(pages)
@@ -146,8 +146,8 @@ class NumbaOps(TorchOps):
 class NumbaCodeOps(NumbaOps):
     """Weights of 8 and 4 bits are multiplied as they lie, an expert at a time: unpacking them would cost many times that."""
 
-    gated_mlp = TorchOps.gated_mlp
-    experts = TorchOps.experts
+    gated_mlp = PaddedOps.gated_mlp
+    experts = PaddedOps.experts
 
     def __init__(self, pages: PlainPages = PLAIN_PAGES) -> None:
         super().__init__(pages)
@@ -163,7 +163,7 @@ class NumbaCodeOps(NumbaOps):
 
     def _product(self, x_TD: Tensor, weight: Weight, index: int | EllipsisType) -> Tensor:
         if not 0 < x_TD.shape[0] <= _MOST_TOKENS:
-            return functional.linear(x_TD, weight[index])
+            return self.dense(x_TD, weight[index])
         codes, scales = self._codes(weight)
         out = _new(x_TD.shape[0], codes.shape[-2])
         with _lock:

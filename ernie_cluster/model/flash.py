@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ernie_cluster.config.cluster import GPU_BLOCK_TOKENS
+from ernie_cluster.config.engine import GPU_BLOCK_TOKENS
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model.kv_pages import PlainPages
 from ernie_cluster.model.step import StepInput

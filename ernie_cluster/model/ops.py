@@ -184,4 +184,8 @@ class TorchOps:
                     out[start:end] = self.expert_linear(functional.silu(gate).mul_(up), pool.down_EDW, e)
                 start, expert = end, expert + 1
         by_token = torch.empty_like(out).index_copy_(0, order, out).view(num_tokens, top_k, x_TD.shape[1])
-        return torch.bmm(weights_TK.to(x_TD.dtype)[:, None], by_token)[:, 0]
+        return self.weighted_sum(weights_TK.to(x_TD.dtype), by_token)
+
+    def weighted_sum(self, weights_TK: Tensor, x_TKD: Tensor) -> Tensor:
+        """[T, D]."""
+        return torch.bmm(weights_TK[:, None], x_TKD)[:, 0]

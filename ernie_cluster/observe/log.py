@@ -1,19 +1,23 @@
 """Logging: one line per record, with the request that it belongs to.
 
 Request id and caller travel in context variables, which follow `await` and new tasks by themselves. Reads no environment: the
-entry point hands in the level, usually that of ERNIE_LOG_LEVEL.
+entry point hands in level and format, usually those of ERNIE_LOG_LEVEL and ERNIE_LOG_FORMAT.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
+from ernie_cluster.observe.trace_context import bound_trace
+
 ENV_LEVEL = "ERNIE_LOG_LEVEL"
+ENV_FORMAT = "ERNIE_LOG_FORMAT"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 _request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
@@ -67,16 +71,39 @@ class LineFormatter(logging.Formatter):
 _BREAKS = {ord(c): c.encode("unicode_escape").decode() for c in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029\x1b"}
 
 
-def setup_logging(level: str = "INFO", stream: TextIO | None = None) -> logging.Logger:
+class JsonFormatter(LineFormatter):
+    """One JSON object per line: time, level, logger, message, and where they are known request_id, caller, trace_id, exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        trace = bound_trace()
+        fields = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": bound_request_id(),
+            "caller": _caller.get(),
+            "trace_id": "" if trace is None else trace.trace_id,
+            "exception": self.formatException(record.exc_info) if record.exc_info else "",
+        }
+        return json.dumps({name: value for name, value in fields.items() if value or name == "message"})
+
+
+FORMATS: Mapping[str, Callable[[], logging.Formatter]] = {"text": LineFormatter, "json": JsonFormatter}
+
+
+def setup_logging(level: str = "INFO", stream: TextIO | None = None, form: str = "text") -> logging.Logger:
     """Send records of `ernie_cluster` to a stream (standard error by default); calling again replaces the last setup.
 
     Raises:
-        ValueError: no such level.
+        ValueError: no such level, or no such format.
     """
+    if form.lower() not in FORMATS:
+        raise ValueError(f"log format {form!r} must be one of {', '.join(FORMATS)}")
     if level.upper() not in LEVELS:
         raise ValueError(f"log level {level!r} must be one of {', '.join(LEVELS)}")
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(LineFormatter())
+    handler.setFormatter(FORMATS[form.lower()]())
     logger = logging.getLogger("ernie_cluster")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())

@@ -32,12 +32,15 @@ class Metric:
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 _STAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _REQUEST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+_SIZES = tuple(float(4**n) for n in range(5, 17))
+"""1 KiB to 4 GiB."""
 _TOKENS = tuple(float(4**n) for n in range(9))
 
 METRICS: tuple[Metric, ...] = (
     # requests, at the API
     Metric("ernie_request_total", "counter", "Requests by how they ended.", ("model", "outcome")),
     Metric("ernie_requests_in_flight", "gauge", "Requests accepted and not yet ended.", ("model",)),
+    Metric("ernie_unread_tokens", "gauge", "Output tokens that wait for slow clients.", ("model",)),
     Metric("ernie_request_refused_total", "counter", "Requests refused before any work.", ("model", "reason")),
     Metric("ernie_request_retries_total", "counter", "Requests continued on other replicas.", ("model", "reason")),
     Metric(
@@ -73,11 +76,41 @@ METRICS: tuple[Metric, ...] = (
     Metric("ernie_waiting_requests", "gauge", "Requests that wait for a place.", ("model", "replica", "role")),
     Metric("ernie_waiting_tokens", "gauge", "Prompt or media tokens that wait.", ("model", "replica", "role")),
     Metric("ernie_ready_replicas", "gauge", "Replicas that take new work.", ("model", "role")),
-    Metric("ernie_engine_step_seconds", "histogram", "One engine step.", ("model", "role"), _TOKEN_S),
+    Metric("ernie_replicas", "gauge", "Replicas by what they do at present.", ("model", "phase", "role")),
+    Metric("ernie_replica_gpus", "gauge", "GPUs, or cores, that replicas hold.", ("model", "role")),
+    Metric(
+        "ernie_replica_start_time_seconds",
+        "gauge",
+        "When a replica was ready for its first request, Unix time.",
+        ("model", "replica", "role"),
+    ),
+    Metric(
+        "ernie_replica_silence_seconds",
+        "gauge",
+        "Since a replica last told of itself.",
+        ("model", "replica", "role"),
+    ),
+    Metric("ernie_needed_replicas", "gauge", "Replicas that the autoscaler finds needed.", ("model", "role")),
+    Metric("ernie_held_requests", "gauge", "Requests that wait for a place, or for a model to wake up.", ("model",)),
+    Metric("ernie_budget", "gauge", "GPUs, or cores, that all replicas together may hold.", ("unit",)),
+    Metric("ernie_budget_used", "gauge", "GPUs, or cores, that all replicas together hold.", ("unit",)),
+    Metric(
+        "ernie_scaling_actions_total",
+        "counter",
+        "What the autoscaler and operators did, as this process of the API saw it.",
+        ("action", "model"),
+    ),
     Metric(
         "ernie_encode_seconds", "histogram", "One picture or video through the vision encoder.", ("model",), _STAGE_S
     ),
-    Metric("ernie_preemptions_total", "counter", "Sequences whose blocks were taken back.", ("model", "replica")),
+    Metric(
+        "ernie_queue_seconds",
+        "histogram",
+        "A prompt at its engine to the first step that has it.",
+        ("model",),
+        _STAGE_S,
+    ),
+    Metric("ernie_prefill_seconds", "histogram", "First step of a prompt to its first token.", ("model",), _STAGE_S),
     Metric(
         "ernie_expert_imbalance",
         "gauge",
@@ -102,10 +135,28 @@ METRICS: tuple[Metric, ...] = (
         "How often experts changed places since the replica started.",
         ("model", "replica", "role"),
     ),
+    Metric(
+        "ernie_prefix_fetches_total",
+        "counter",
+        "Prefixes that a prompt waited for from another replica: fetched, or late, declined, refused, incomplete.",
+        ("model", "outcome"),
+    ),
+    Metric(
+        "ernie_fetched_blocks_total", "counter", "KV blocks that came from other replicas' prefix caches.", ("model",)
+    ),
+    # what replicas are spared, and do twice
+    Metric(
+        "ernie_breaker_openings_total",
+        "counter",
+        "Replicas that got no work for a while as they kept failing.",
+        ("model",),
+    ),
+    Metric("ernie_encode_hedges_total", "counter", "Pictures asked of a second vision replica.", ("model",)),
     # transfers and the router's books
     Metric("ernie_transfer_bytes_total", "counter", "Bytes moved between replicas: kv, embeddings.", ("kind",)),
-    Metric("ernie_transfer_seconds", "histogram", "One hand-over, offered to confirmed.", ("kind",), _STAGE_S),
-    Metric("ernie_transfer_failures_total", "counter", "Hand-overs that failed.", ("kind", "reason")),
+    Metric("ernie_transfer_seconds", "histogram", "One hand-over, first piece to last.", ("kind",), _STAGE_S),
+    Metric("ernie_transfer_size_bytes", "histogram", "Bytes of one hand-over.", ("kind",), _SIZES),
+    Metric("ernie_transfer_failures_total", "counter", "Attempts that ended with a hand-over.", ("model", "reason")),
     Metric("ernie_route_seconds", "histogram", "Admission and routing of one request.", ("model",), _STAGE_S),
     Metric(
         "ernie_route_choices_total",
@@ -113,7 +164,13 @@ METRICS: tuple[Metric, ...] = (
         "Replicas chosen for a stage (vision, prefill, decode), by what spoke for them.",
         ("model", "stage", "why"),
     ),
-    Metric("ernie_open_promises", "gauge", "Promises not yet seen in a replica's snapshot."),
+    Metric(
+        "ernie_resumes_total",
+        "counter",
+        "Requests that went on elsewhere from the tokens that their client had, by why: drained.",
+        ("model", "why"),
+    ),
+    Metric("ernie_open_promises", "gauge", "Paths that the router has given out and not had back."),
 )
 
 _BY_NAME = {m.name: m for m in METRICS}

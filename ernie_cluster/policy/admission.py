@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ernie_cluster.config.cluster import Role, RouterConfig
+from ernie_cluster.config.pool import Role
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.errors import ContextTooLong, Overloaded, RequestError
 from ernie_cluster.policy.cost import decode_s, queue_s
 from ernie_cluster.policy.fleet import Fleet
@@ -23,6 +24,8 @@ class Refusal:
     """Which resource is short, with the numbers."""
     retry_after_s: float | None
     """When a retry is worth while; None = never."""
+    is_late: bool = False
+    """There is room, but its answer would come after its deadline: waiting makes that no better."""
 
     def to_error(self) -> RequestError:
         """What the client gets to see."""
@@ -76,14 +79,13 @@ def never_fits(demand: Demand, fleet: Fleet) -> Refusal | None:
 
     Looks also at replicas that are not ready, draining or excluded: they say how large replicas of this model are.
     """
-    stages: tuple[tuple[tuple[Role, ...], int, str], ...] = (
-        (("prefill", "mixed"), demand.num_prompt_tokens, "prompt"),
-        (("decode", "mixed"), demand.num_prompt_tokens + demand.max_tokens, "prompt + max_tokens"),
+    stages: tuple[tuple[Role, int, str], ...] = (
+        ("prefill", demand.num_prompt_tokens, "prompt"),
+        ("decode", demand.num_prompt_tokens + demand.max_tokens, "prompt + max_tokens"),
     )
-    for roles, num_tokens, what in stages:
-        capacities = [fleet.pool(demand.model, role).capacity for role in roles]
-        capacity = max((c for c in capacities if c is not None), default=None)
-        if capacity is not None and num_tokens > capacity:
+    for role, num_tokens, what in stages:
+        capacity = max(fleet.pool(demand.model, role).capacity, fleet.pool(demand.model, "mixed").capacity)
+        if 0 < capacity < num_tokens:
             reason = f"{what} = {num_tokens} tokens, but the largest replica of {demand.model!r} holds {capacity}"
             return Refusal(f"{reason}; shorten the prompt or lower max_tokens", retry_after_s=None)
     return None

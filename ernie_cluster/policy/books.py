@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ernie_cluster.deltas import Delta
+from ernie_cluster.policy.cost import queue_s
 from ernie_cluster.policy.fleet import Fleet
 from ernie_cluster.policy.snapshot import Promise, ReplicaSnapshot
 
@@ -45,12 +46,17 @@ class Books:
     What a promise says of caches holds on until its request is over: blocks fill up while it is worked on.
     """
 
-    def __init__(self, heartbeat_timeout_s: float) -> None:
-        """Replicas whose last snapshot is older than `heartbeat_timeout_s` are forgotten."""
+    def __init__(self, heartbeat_timeout_s: float, forget_s: float | None = None) -> None:
+        """Replicas whose last snapshot is older than `heartbeat_timeout_s` are suspects, those silent for `forget_s` are
+        forgotten; None = with the first suspicion."""
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._forget_s = heartbeat_timeout_s if forget_s is None else forget_s
         self._fleet = Fleet()
         self._reports: dict[str, _Report] = {}
         self._silences: list[tuple[float, str]] = []  # heap: when a replica was heard of, or earlier; one for each
+        self._silent: set[str] = set()
+        """Those that were silent for too long; no others are in the heap."""
+        self._suspects: set[str] = set()
         self._open: dict[str, dict[str, _Entry]] = {}  # by replica, then by key
         self._decisions: dict[str, _Decision] = {}  # by key
         self._deadlines: list[tuple[float, str]] = []  # heap; keys that are over may still be there
@@ -68,6 +74,10 @@ class Books:
         if is_new:
             heapq.heappush(self._silences, (taken_s, replica_id))
         self._reports[replica_id] = _Report(snapshot, taken_s)
+        self._suspects.discard(replica_id)
+        if replica_id in self._silent:
+            self._silent.remove(replica_id)
+            heapq.heappush(self._silences, (taken_s, replica_id))
         entries = self._open.get(replica_id, {})
         for key in [key for key, entry in entries.items() if _is_void(entry, snapshot, taken_s)]:
             del entries[key]
@@ -91,6 +101,16 @@ class Books:
         """A replica is known to be gone; its next snapshot brings it back."""
         if replica_id in self._reports:
             self._drop(replica_id)
+
+    def suspect(self, replica_id: str) -> None:
+        """Somebody could not reach a replica; its next snapshot clears it."""
+        if replica_id in self._reports:
+            self._suspects.add(replica_id)
+
+    def suspects(self, now_s: float) -> frozenset[str]:
+        """Replicas that are there, and may hang."""
+        self.fleet(now_s)
+        return frozenset(self._suspects)
 
     def promise(self, key: str, promises: Iterable[Promise], deadline_s: float) -> None:
         """Book the promises of one decision, all of replicas in the last `fleet`.
@@ -141,9 +161,13 @@ class Books:
             replica_id = self._silences[0][1]
             taken_s = self._reports[replica_id].taken_s
             if now_s - taken_s > self._heartbeat_timeout_s:
-                self._drop(replica_id)
+                heapq.heappop(self._silences)
+                self._silent.add(replica_id)
+                self._suspects.add(replica_id)
             else:
                 heapq.heapreplace(self._silences, (taken_s, replica_id))
+        for replica_id in [i for i in self._silent if now_s - self._reports[i].taken_s > self._forget_s]:
+            self._drop(replica_id)
         while self._deadlines and self._deadlines[0][0] < now_s:
             deadline_s, key = heapq.heappop(self._deadlines)
             decision = self._decisions.get(key)
@@ -156,6 +180,11 @@ class Books:
         folded = {member.now.replica_id: member.now for member in self.fleet(now_s)}
         return tuple(replace(folded[k], age_s=now_s - self._reports[k].taken_s) for k in sorted(folded))
 
+    def worked_off_s(self, replica_id: str, now_s: float) -> float:
+        """Of the queue that a replica told of: how many seconds it has worked on it since then."""
+        report = self._reports[replica_id]
+        return min(now_s - report.taken_s, queue_s(report.snapshot))
+
     @property
     def num_promises(self) -> int:
         """Open promises over all decisions."""
@@ -165,7 +194,10 @@ class Books:
         """Assert what must hold between any two calls."""
         self._fleet.check()
         assert {m.now.replica_id for m in self._fleet} == self._reports.keys(), "fleet and reports differ"
-        assert sorted(i for _, i in self._silences) == sorted(self._reports), "some silence is not watched"
+        watched = [*self._silent, *(i for _, i in self._silences)]
+        assert sorted(watched) == sorted(self._reports), "some silence is not watched"
+        assert self._suspects >= self._silent, "somebody is silent and not suspected"
+        assert self._reports.keys() >= self._suspects, "somebody is suspected who is not there"
         for replica_id, report in self._reports.items():
             s = report.snapshot
             assert s.replica_id == replica_id, f"{s.replica_id} is filed under {replica_id}"
@@ -192,6 +224,8 @@ class Books:
                         self._fleet.holders.unexpect(member.slot, promise.items)
         self._fleet.drop(replica_id)
         del self._reports[replica_id]
+        self._suspects.discard(replica_id)
+        self._silent.discard(replica_id)
         self._silences = [entry for entry in self._silences if entry[1] != replica_id]
         heapq.heapify(self._silences)
 

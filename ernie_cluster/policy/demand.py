@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ernie_cluster.config.cluster import EngineConfig
+from collections.abc import Sequence
+
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.deltas import short_hash
 from ernie_cluster.policy.snapshot import Demand, Picture
 from ernie_cluster.request import GenerationRequest, MediaInput, block_hashes
@@ -35,5 +37,13 @@ def demand_of(request: GenerationRequest, engine: EngineConfig) -> Demand:
 
 def demand_of_picture(model: str, media: MediaInput) -> Demand:
     """What a picture needs of which nothing but a vector is wanted; its place in a prompt does not matter."""
-    picture = Picture(short_hash(media.media_hash), media.num_tokens, media.num_tokens)
-    return Demand(model, media.num_tokens, 1, 1, media.num_tokens, pictures=(picture,))
+    return demand_of_pictures(model, (media,))
+
+
+def demand_of_pictures(model: str, media: Sequence[MediaInput]) -> Demand:
+    """What pictures need that are to be encoded, and nothing else; at least one."""
+    pictures, end = list[Picture](), 0
+    for each in media:
+        end += each.num_tokens
+        pictures.append(Picture(short_hash(each.media_hash), end, each.num_tokens))
+    return Demand(model, end, 1, len(media), end, pictures=tuple(pictures))

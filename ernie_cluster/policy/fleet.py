@@ -10,10 +10,11 @@ import heapq
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 
-from ernie_cluster.config.cluster import Role
-from ernie_cluster.policy.cost import rank_s
+from ernie_cluster.config.pool import Role
+from ernie_cluster.policy.cost import pace_s, queue_s, rank_s
 from ernie_cluster.policy.holders import Holders
 from ernie_cluster.policy.ring import Ring
 from ernie_cluster.policy.snapshot import ReplicaSnapshot
@@ -29,12 +30,25 @@ class Member:
     slot: int
     now: ReplicaSnapshot
     """With the open promises folded in."""
-    rank: tuple[float, str]
+    rank: tuple[float, str] = (0.0, "")
     """Least is best; the id makes it unique."""
+    wait_s: float = 0.0
+    """`queue_s` of its load."""
+    pace_s: float = 0.0
+    """`pace_s` of its load."""
+    bit: int = field(init=False)
 
-    @property
-    def bit(self) -> int:
-        return 1 << self.slot
+    def __post_init__(self) -> None:
+        self.bit = 1 << self.slot
+
+    def tell(self, now: ReplicaSnapshot) -> None:
+        """A new load."""
+        self.now, self.rank = now, (rank_s(now), now.replica_id)
+        self.wait_s, self.pace_s = queue_s(now), pace_s(now)
+
+
+_Entry = tuple[tuple[float, str], Member]
+"""A rank, whose it is."""
 
 
 class Pool:
@@ -47,7 +61,9 @@ class Pool:
         """The same by node."""
         self.ring = Ring()
         """The same, for pictures."""
-        self._order: list[tuple[tuple[float, str], Member]] = []
+        self.capacity = 0
+        """Tokens that the largest replica holds, whatever its state; 0 while no size is known."""
+        self._order: list[_Entry] = []  # the same, best first
         self._members: dict[int, Member] = {}
         self._capacities: Counter[int] = Counter()  # of all, whatever their state
 
@@ -60,11 +76,6 @@ class Pool:
         """Those to which new work may be sent, best first."""
         return [member.now for _, member in self._order]
 
-    @property
-    def capacity(self) -> int | None:
-        """Tokens that the largest replica holds; None while no size is known."""
-        return max(self._capacities, default=None)
-
     def member(self, slot: int) -> Member:
         """The replica in a slot of this pool."""
         return self._members[slot]
@@ -73,37 +84,33 @@ class Pool:
         """Of the usable ones of `among` those that fit, best first, at most `count`."""
         found: list[Member] = []
         among &= self.mask
-        if among.bit_count() > _FEW:
-            for _, member in self._order:
-                if among >> member.slot & 1 and fits(member.now):
-                    found.append(member)
-                    if len(found) == count:
-                        break
-            return found
+        for _, member in self._order if among.bit_count() > _FEW else self._sorted(among):
+            if among & member.bit and fits(member.now):
+                found.append(member)
+                if len(found) == count:
+                    break
+        return found
+
+    def _sorted(self, among: int) -> list[_Entry]:
+        """The part of the order that is about these."""
+        found = []
         while among:
             slot = among.bit_length() - 1
             among ^= 1 << slot
             member = self._members[slot]
-            if fits(member.now):
-                found.append(member)
-        if len(found) > 1:
-            found.sort(key=_rank)
-        return found[:count]
+            found.append((member.rank, member))
+        found.sort()
+        return found
 
-    def put(self, member: Member, before: ReplicaSnapshot | None) -> None:
-        """Take in a replica, or its new load.
-
-        Args:
-            before: what was put last of it.
-        """
-        if before is not None:
-            self._remove(member.slot, before)
+    def put(self, member: Member) -> None:
+        """Take in a replica that is not here."""
         now = member.now
         self._members[member.slot] = member
-        if now.total_blocks:
-            self._capacities[now.total_blocks * now.block_size] += 1
+        if size := now.total_blocks * now.block_size:
+            self._capacities[size] += 1
+            self.capacity = max(self.capacity, size)
         if now.is_usable:
-            insort(self._order, (member.rank, member), key=_first)
+            insort(self._order, (member.rank, member))
             if not self.mask & member.bit:
                 self.mask |= member.bit
                 self.nodes[now.node_id] |= member.bit
@@ -112,23 +119,29 @@ class Pool:
         elif self.mask & member.bit:
             self._retire(member.slot, now)
 
+    def update(self, member: Member, now: ReplicaSnapshot) -> None:
+        """The new load of a replica that is here."""
+        self._remove(member)
+        member.tell(now)
+        self.put(member)
+
     def drop(self, member: Member) -> None:
         """A replica is gone."""
-        self._remove(member.slot, member.now)
+        self._remove(member)
         if self.mask & member.bit:
             self._retire(member.slot, member.now)
 
-    def _remove(self, slot: int, before: ReplicaSnapshot) -> None:
-        member = self._members.pop(slot)
-        if before.total_blocks:
-            size = before.total_blocks * before.block_size
+    def _remove(self, member: Member) -> None:
+        del self._members[member.slot]
+        if size := member.now.total_blocks * member.now.block_size:
             self._capacities[size] -= 1
             if not self._capacities[size]:
                 del self._capacities[size]
-        if before.is_usable:
-            rank = (rank_s(before), before.replica_id)
-            index = bisect_left(self._order, rank, key=_first)
-            assert self._order[index][1] is member, f"{before.replica_id} is not where its rank says"
+                if size == self.capacity:
+                    self.capacity = max(self._capacities, default=0)
+        if self.mask & member.bit:
+            index = bisect_left(self._order, (member.rank,))
+            assert self._order[index][1] is member, f"{member.now.replica_id} is not where its rank says"
             del self._order[index]
 
     def _retire(self, slot: int, now: ReplicaSnapshot) -> None:
@@ -142,7 +155,7 @@ class Pool:
 
 
 class Fleet:
-    """See the module. A replica's model, role and node stay as they were first told; another life is another replica."""
+    """See the module. A replica's model and node stay as they were first told; another life is another replica."""
 
     def __init__(self) -> None:
         self.holders = Holders()
@@ -179,13 +192,17 @@ class Fleet:
 
     def put(self, now: ReplicaSnapshot) -> None:
         """Take in a replica, or its new load."""
-        known = self._members.get(now.replica_id)
-        before = None if known is None else known.now
-        if known is None or before is None:
+        member = self._members.get(now.replica_id)
+        if member is not None and member.now.role == now.role:
+            self._pools[now.model, now.role].update(member, now)
+            return
+        if member is None:
             slot = heapq.heappop(self._free_slots) if self._free_slots else len(self._members)
-            known = self._members[now.replica_id] = Member(slot, now, (0.0, ""))
-        known.now, known.rank = now, (rank_s(now), now.replica_id)
-        self._pools[now.model, now.role].put(known, before)
+            member = self._members[now.replica_id] = Member(slot, now)
+        else:  # what it holds, it holds in its new role, too
+            self._pools[member.now.model, member.now.role].drop(member)
+        member.tell(now)
+        self._pools[now.model, now.role].put(member)
 
     def drop(self, replica_id: str) -> None:
         """A replica is gone, and its cache with it."""
@@ -207,15 +224,10 @@ class Fleet:
             assert pool.usable == [m.now for m in ranked], f"{model} {role} is out of order"
             assert pool.mask == sum(m.bit for m in ranked), f"{model} {role}: another set is usable"
             sizes = [m.now.total_blocks * m.now.block_size for m in own if m.now.total_blocks]
-            assert pool.capacity == max(sizes, default=None), f"{model} {role}: capacity {pool.capacity}"
+            assert pool.capacity == max(sizes, default=0), f"{model} {role}: capacity {pool.capacity}"
 
 
 _EMPTY = Pool()
 
 
-def _rank(member: Member) -> tuple[float, str]:
-    return member.rank
-
-
-def _first(entry: tuple[tuple[float, str], Member]) -> tuple[float, str]:
-    return entry[0]
+_rank = attrgetter("rank")

@@ -7,7 +7,7 @@ all that stands before it, or of a picture.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ernie_cluster.deltas import Delta
 
@@ -54,65 +54,32 @@ class Holders:
         """A replica is about to get these; until `unexpect`, as often as this was called."""
         bit, counts, masks = 1 << slot, self._coming[slot], self._coming_masks
         for item in items:
-            count = counts.get(item, 0)
-            counts[item] = count + 1
-            if not count:
-                masks[item] = masks.get(item, 0) | bit
+            if item in counts:
+                counts[item] += 1
+            else:
+                counts[item] = 1
+                masks[item] = masks[item] | bit if item in masks else bit
 
     def unexpect(self, slot: int, items: Iterable[int]) -> None:
         """One call of `expect` is over."""
-        bit, counts = 1 << slot, self._coming[slot]
+        bit, counts, masks = 1 << slot, self._coming[slot], self._coming_masks
         for item in items:
-            counts[item] -= 1
-            if not counts[item]:
-                del counts[item]
-                self._clear(self._coming_masks, item, bit)
+            if counts[item] > 1:
+                counts[item] -= 1
+                continue
+            del counts[item]
+            if masks[item] == bit:
+                del masks[item]
+            else:
+                masks[item] ^= bit
 
     def of(self, item: int) -> int:
         """Who has it, or is about to."""
         return self._masks.get(item, 0) | self._coming_masks.get(item, 0)
 
-    def levels(self, chain: Sequence[int], among: int, limit: int) -> Iterator[tuple[int, int]]:
-        """Who has most of a chain from its start.
-
-        Takes for granted that who has a link has all before it, which is how engines give blocks back.
-
-        Args:
-            chain: items in order.
-            among: the replicas that count.
-            limit: most levels.
-
-        Yields:
-            (number of leading items, who has just so many), most items first; at least 1 item each.
-        """
-        end = len(chain)
-        for _ in range(limit):
-            end = self._last(chain, end, among)
-            if not end:
-                return
-            mask = self.of(chain[end - 1]) & among
-            yield end, mask
-            among &= ~mask
-            end -= 1
-
-    def depth(self, chain: Sequence[int], slot: int) -> int:
-        """How many leading items of a chain this replica has."""
-        return self._last(chain, len(chain), 1 << slot)
-
-    def _last(self, chain: Sequence[int], end: int, among: int) -> int:
-        """How many of the first `end` items anybody of `among` has."""
-        held, coming = self._masks.get, self._coming_masks.get
-        if not end or not (held(chain[0], 0) | coming(chain[0], 0)) & among:
-            return 0
-        low = 1
-        while low < end:
-            middle = (low + end + 1) // 2
-            item = chain[middle - 1]
-            if (held(item, 0) | coming(item, 0)) & among:
-                low = middle
-            else:
-                end = middle - 1
-        return low
+    def trail(self, chain: Sequence[int]) -> Trail:
+        """Who has how much of a chain; good until anything changes here."""
+        return Trail(self._masks, self._coming_masks, chain)
 
     def check(self) -> None:
         """Assert that both sides of the index agree."""
@@ -135,3 +102,92 @@ class Holders:
             masks[item] = rest
         else:
             del masks[item]
+
+
+_TOP = 3
+"""Levels that are looked for among everybody, so that those who ask about some of them seldom have to search."""
+
+
+class Trail:
+    """Who has how much of one chain from its start. Remembers what it has looked up: many ask about the same links.
+
+    Takes for granted that who has a link has all before it, which is how engines give blocks back.
+
+    Args:
+        held, coming: who has an item, or is about to.
+        chain: items in order.
+    """
+
+    def __init__(self, held: Mapping[int, int], coming: Mapping[int, int], chain: Sequence[int]) -> None:
+        self._held, self._coming, self._chain = held, coming, chain
+        self._seen: dict[int, int] = {}  # by number of leading items: who has so many
+        if chain:
+            self._look_up(1)
+        self._top = list(self._search(len(chain), -1, _TOP))
+        self._below = self._top[-1][0] - 1 if len(self._top) == _TOP else 0  # leading items that others may have
+
+    def levels(self, among: int, limit: int) -> Iterator[tuple[int, int]]:
+        """Who has most.
+
+        Args:
+            among: the replicas that count.
+            limit: most levels.
+
+        Yields:
+            (number of leading items, who has just so many), most items first; at least 1 item each.
+        """
+        for depth, mask in self._top:
+            if who := mask & among:
+                yield depth, who
+                among ^= who
+                limit -= 1
+                if not limit:
+                    return
+        yield from self._search(self._below, among, limit)
+
+    def present(self, among: int) -> tuple[int, int]:
+        """As the first of `levels`, but what is only expected does not count; (0, 0) = nobody has any."""
+        end, _ = next(self.levels(among, 1), (0, 0))
+        mask = self._held.get(self._chain[end - 1], 0) & among if end else 0
+        if mask or not end:
+            return end, mask
+        return next(Trail(self._held, {}, self._chain).levels(among, 1), (0, 0))
+
+    def depth(self, slot: int) -> int:
+        """How many leading items this replica has."""
+        bit = 1 << slot
+        for depth, mask in self._top:
+            if mask & bit:
+                return depth
+        return self._last(self._below, bit)
+
+    def _search(self, end: int, among: int, limit: int) -> Iterator[tuple[int, int]]:
+        """`levels` of the first `end` items."""
+        while limit and (end := self._last(end, among)):
+            who = self._seen[end] & among
+            yield end, who
+            among &= ~who
+            end -= 1
+            limit -= 1
+
+    def _last(self, end: int, among: int) -> int:
+        """How many of the first `end` items anybody of `among` has.
+
+        The numbers that are tried are sums of falling powers of two, whatever the end, so that searches meet.
+        """
+        seen = self._seen
+        if not end or not seen[1] & among:
+            return 0
+        low, step = 0, 1 << end.bit_length() - 1
+        while step:
+            middle = low + step
+            if middle <= end and (seen[middle] if middle in seen else self._look_up(middle)) & among:
+                low = middle
+            step >>= 1
+        return low
+
+    def _look_up(self, count: int) -> int:
+        """Who has so many leading items, at least 1."""
+        item = self._chain[count - 1]
+        mask = self._seen[count] = self._held.get(item, 0) | self._coming.get(item, 0)
+        return mask

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ernie_cluster.config.cluster import Role
 from ernie_cluster.config.experts import ExpertUse
+from ernie_cluster.config.pool import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,8 @@ class ReplicaSnapshot:
     experts: ExpertUse | None = None
     """For status pages; None without experts."""
     rates: Rates = Rates()
+    max_running: int = 0
+    """Sequences that get a token in one step; 0 = no bound is known."""
     token_bytes: int = 0
     """What one token weighs on its way from here: its K and V, on a vision replica a row of embeddings. 0 = not told."""
 

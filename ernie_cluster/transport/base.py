@@ -25,6 +25,9 @@ Message: TypeAlias = dict[str, JSON]
 Payload: TypeAlias = NDArray[np.uint8]
 Pack: TypeAlias = Callable[[Payload], None]
 Reply: TypeAlias = Callable[[Message], None]
+Tamper: TypeAlias = Callable[[Payload], bool]
+"""Faults on purpose: a channel that has one asks it between the checksum of a piece and its sending. It may change the
+payload, wait, or raise, and then the piece fails; False: the piece is not sent, and nobody is told."""
 
 STALL_TIMEOUT_S = 10.0
 """A peer that owes acknowledgements and gives none for this long is taken for lost."""
@@ -69,8 +72,8 @@ class Sink(Protocol):
     def handle(self, message: Message, reply: Reply) -> None:
         """Take a control message (claim, commit, ...).
 
-        Runs on the receiving side, once per call, after all pieces pushed before it on the same channel were accepted
-        or refused. Must not block: `reply` may be called later from any thread, once, never blocks, and does nothing
+        Runs on the receiving side, once per call, after all pieces of its `request_id` pushed before it on the same channel
+        were accepted or refused. Must not block: `reply` may be called later from any thread, once, never blocks, and does nothing
         when the sender is gone. The message is the sink's to keep. An exception fails the sender's future.
         """
         ...
@@ -111,11 +114,11 @@ class Channel(Protocol):
     def call(self, message: Message, timeout_s: float) -> Future[Message]:
         """Send a control message and wait for its reply.
 
-        Runs on the sending side and returns at once. Stays behind all earlier pushes, so a commit may follow the last
-        push without waiting for its future. `message` is copied before the return.
+        Runs on the sending side and returns at once. Stays behind all earlier pushes of the request that it names as
+        `request_id`, so a commit may follow the last push without waiting for its future; requests take turns. `message` is copied before the return.
 
         The future fails with:
-            TransferFailed: too large, refused, or no reply within `timeout_s` (a late one is dropped).
+            TransferFailed: too large, refused, or as PeerSilent: no reply within `timeout_s` (a late one is dropped).
             ReplicaLost: peer gone.
         """
         ...

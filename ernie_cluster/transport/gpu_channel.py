@@ -16,14 +16,14 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
 from ernie_cluster.errors import ReplicaLost, TransferFailed
 from ernie_cluster.transport import wire
 from ernie_cluster.transport.arena import Arena
-from ernie_cluster.transport.base import Message, Pack, PieceHeader
+from ernie_cluster.transport.base import Message, Pack, Payload, PieceHeader, Tamper
 from ernie_cluster.transport.gpu import Mark
 from ernie_cluster.transport.gpu_side import GpuSide, Steps, run_through, until, until_still
 from ernie_cluster.transport.handshake import Greeting
@@ -106,6 +106,7 @@ class GpuChannel:
         self._way = 0
         """Number of the open way, 0 while there is none."""
         self._broken: str | None = None
+        self.tamper: Tamper | None = None
         self._opened: Future[None] = Future()
         self._link = Link(greeting.sock, f"{name}-send", self._on_frame, self._on_turn, self._on_end)
         self._outbox = Outbox(self._link.wake, self._size // 2 - _LARGEST_OVERHEAD, side.deadlines.stall_s)
@@ -220,6 +221,8 @@ class GpuChannel:
         try:
             job.pack(self._side.gpu.payload(frame[: job.header.nbytes]))
             seal(frame, job.header.nbytes, job.number, self._salt)
+            if self.tamper is not None and not self.tamper(cast(Payload, frame[: job.header.nbytes])):
+                raise TransferFailed("dropped on purpose")  # a batch has no gaps, so here it is told
             return wire.encode(Kind.PIECE, wire.encode_piece(job.number, offset, 0, job.header))
         except Exception as e:
             job.future.set_exception(pack_failed(job.header, e))

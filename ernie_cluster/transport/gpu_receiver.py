@@ -25,7 +25,8 @@ from ernie_cluster.transport import inbox, wire
 from ernie_cluster.transport.base import CLOSE_TIMEOUT_S, HANDSHAKE_TIMEOUT_S, Message, PieceHeader, Sink
 from ernie_cluster.transport.gpu_channel import broken
 from ernie_cluster.transport.gpu_side import GpuSide, Steps, until
-from ernie_cluster.transport.handshake import Door, watch
+from ernie_cluster.transport.handshake import Door
+from ernie_cluster.transport.keepalive import watch
 from ernie_cluster.transport.link import Link
 from ernie_cluster.transport.seal import damage, frame_bytes
 from ernie_cluster.transport.wire import Kind

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from ernie_cluster.errors import ReplicaLost, TransferFailed
 from ernie_cluster.transport import wire
 from ernie_cluster.transport.base import HANDSHAKE_TIMEOUT_S, Message
+from ernie_cluster.transport.keepalive import watch
 from ernie_cluster.transport.wire import Kind
-
-_SILENCE_S = 10
-"""A host that answers no packet for this long is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +111,6 @@ def parse_address(address: str) -> tuple[str, int, str]:
     if scheme != "gpu" or not (host and port.isdecimal() and token):
         raise TransferFailed("this is not the address of a GPU receiver, gpu:<host>:<port>:<token>")
     return host, int(port), token
-
-
-def watch(sock: socket.socket) -> None:
-    """Let the kernel notice a host that is gone, whether bytes are on their way or not."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S // 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _SILENCE_S // 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)
 
 
 def _read_frame(sock: socket.socket, wanted: Kind, deadline_s: float) -> bytes:

@@ -25,7 +25,16 @@ import numpy as np
 
 from ernie_cluster.errors import ReplicaLost, TransferFailed
 from ernie_cluster.transport import inbox, wire
-from ernie_cluster.transport.base import CLOSE_TIMEOUT_S, STALL_TIMEOUT_S, Message, Pack, Payload, PieceHeader, Sink
+from ernie_cluster.transport.base import (
+    CLOSE_TIMEOUT_S,
+    STALL_TIMEOUT_S,
+    Message,
+    Pack,
+    Payload,
+    PieceHeader,
+    Sink,
+    Tamper,
+)
 from ernie_cluster.transport.outbox import Call, Outbox, Push, pack_failed
 
 MAX_IN_FLIGHT_BYTES = 256 << 20
@@ -68,6 +77,7 @@ class ObjectStoreChannel:
         self._peer = peer
         self._max_in_flight_bytes, self._max_in_flight_pieces = max_in_flight_bytes, max_in_flight_pieces
         self._wake = threading.Event()
+        self.tamper: Tamper | None = None
         self._lost: str | None = None  # set once, from any thread; ends the channel
         self._in_flight: dict[int, int] = {}  # piece -> bytes
         self._scratch = np.empty(0, np.uint8)  # the largest piece so far, so that packing touches warm pages
@@ -138,13 +148,15 @@ class ObjectStoreChannel:
         try:
             job.pack(payload)
             message = _to_message(header, wire.checksum(payload))
+            is_sent = self.tamper is None or self.tamper(payload)
             ref = self._put(payload)
         except Exception as e:
             job.future.set_exception(pack_failed(header, e))
             return
         self._in_flight[job.number] = header.nbytes
         self._outbox.sent(job, time.monotonic())
-        self._send(message, [ref], partial(self._on_accepted, job.number))
+        if is_sent:
+            self._send(message, [ref], partial(self._on_accepted, job.number))
 
     def _send(self, message: Message, refs: list[Any], on_answer: Callable[[Message | Exception], None]) -> None:
         try:

@@ -1,4 +1,7 @@
-"""What a channel owes its caller: jobs in order, pieces on their way, calls without a reply.
+"""What a channel owes its caller: jobs in turn, pieces on their way, calls without a reply.
+
+Jobs of one request go out in their order; requests take turns, so that a small hand-over waits for one piece of each large
+one, not for all of them.
 
 The books that all channels share; it moves nothing itself and reads no clock.
 """
@@ -6,13 +9,13 @@ The books that all channels share; it moves nothing itself and reads no clock.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from ernie_cluster.errors import ReplicaLost, TransferFailed
+from ernie_cluster.errors import PeerSilent, ReplicaLost, TransferFailed
 from ernie_cluster.transport.base import Message, Pack, PieceHeader
 from ernie_cluster.transport.wire import encode_json
 
@@ -58,7 +61,7 @@ class Outbox:
         self._stall_timeout_s = stall_timeout_s
         self._lock = threading.Lock()
         self._last_number = 0
-        self._queue: deque[Push | Call] = deque()
+        self._queues: OrderedDict[str, deque[Push | Call]] = OrderedDict()  # by request; whose turn it is comes first
         self._pieces: dict[
             int, tuple[Future[None], float]
         ] = {}  # on their way, with the time they were sent; oldest first
@@ -69,7 +72,7 @@ class Outbox:
         """Queue a piece; one of impossible size fails at once."""
         future: Future[None] = Future()
         if 1 <= header.nbytes <= self.max_piece_bytes:
-            self._add(lambda number: Push(number, header, pack, future))
+            self._add(header.request_id, lambda number: Push(number, header, pack, future))
         else:
             _fail(
                 future,
@@ -88,12 +91,14 @@ class Outbox:
         except TransferFailed as e:
             _fail(future, e)
         else:
-            self._add(lambda number: Call(number, body, future, deadline_s))
+            request_id = str(message.get("request_id", ""))
+            self._add(request_id, lambda number: Call(number, body, future, deadline_s))
         return future
 
     def head(self) -> Push | Call | None:
         """The job whose turn it is. It stays until it is taken."""
-        return self._queue[0] if self._queue else None
+        with self._lock:
+            return next(iter(self._queues.values()))[0] if self._queues else None
 
     def take(self, job: Push | Call) -> bool:
         """Remove the head job to send it. False when it was cancelled or is overdue, and must not be sent.
@@ -101,8 +106,13 @@ class Outbox:
         A call that was taken is on its way; a piece is so after `sent`, or failed by whoever took it.
         """
         with self._lock:
-            assert self._queue[0] is job
-            self._queue.popleft()
+            request_id, queue = next(iter(self._queues.items()))
+            assert queue[0] is job
+            queue.popleft()
+            if queue:
+                self._queues.move_to_end(request_id)
+            else:
+                del self._queues[request_id]
             if isinstance(job, Call) and job.number not in self._calls:
                 return False
             if not job.future.set_running_or_notify_cancel():
@@ -157,7 +167,7 @@ class Outbox:
                 _, oldest_s = next(iter(self._pieces.values()))
                 deadlines.append(oldest_s + self._stall_timeout_s)
         for call in overdue:
-            _fail(call.future, TransferFailed("no reply within the timeout of the call; the peer may still act on it"))
+            _fail(call.future, PeerSilent("no reply within the timeout of the call; the peer may still act on it"))
         if self._pieces and deadlines[-1] <= now_s:
             raise ReplicaLost(
                 f"a piece was sent {self._stall_timeout_s} s ago and is not acknowledged ({len(self._pieces)} on their "
@@ -173,20 +183,20 @@ class Outbox:
             self._end_reason = reason
             futures: list[Future[Any]] = [future for future, _ in self._pieces.values()]
             futures += [call.future for call in self._calls.values()]
-            futures += [job.future for job in self._queue if isinstance(job, Push)]
+            futures += [job.future for queue in self._queues.values() for job in queue if isinstance(job, Push)]
             self._pieces.clear()
             self._calls.clear()
-            self._queue.clear()
+            self._queues.clear()
         for future in futures:
             _fail(future, ReplicaLost(reason))
 
-    def _add(self, make: Callable[[int], Push | Call]) -> None:
+    def _add(self, request_id: str, make: Callable[[int], Push | Call]) -> None:
         with self._lock:
             self._last_number += 1
             job = make(self._last_number)
             end_reason = self._end_reason
             if end_reason is None:
-                self._queue.append(job)
+                self._queues.setdefault(request_id, deque()).append(job)
                 if isinstance(job, Call):
                     self._calls[job.number] = job
         if end_reason is None:

@@ -36,6 +36,7 @@ from ernie_cluster.transport.base import (
     Pack,
     PieceHeader,
     Sink,
+    Tamper,
 )
 from ernie_cluster.transport.link import Link
 from ernie_cluster.transport.outbox import Outbox, Push, pack_failed
@@ -72,6 +73,7 @@ class SharedMemoryChannel:
         self._arena = Arena(size)
         self._places: dict[int, tuple[int, int]] = {}  # unacknowledged piece -> (offset in the staging memory, bytes)
         self._bytes_in_flight = 0
+        self.tamper: Tamper | None = None
         self._link = Link(sock, f"kv-to-{address.split(':')[1]}", self._on_frame, self._on_turn, self._on_end)
         self._outbox = Outbox(self._link.wake, max_piece_bytes=size // 2, stall_timeout_s=stall_timeout_s)
         self._link.start()
@@ -117,13 +119,15 @@ class SharedMemoryChannel:
         try:
             job.pack(payload)
             frame = wire.encode(Kind.PIECE, wire.encode_piece(job.number, offset, wire.checksum(payload), job.header))
+            is_sent = self.tamper is None or self.tamper(payload)
         except Exception as e:
             job.future.set_exception(pack_failed(job.header, e))
             return False
         self._places[job.number] = offset, job.header.nbytes
         self._bytes_in_flight += job.header.nbytes
         self._outbox.sent(job, time.monotonic())
-        self._link.send(frame)
+        if is_sent:
+            self._link.send(frame)
         return True
 
     def _on_frame(self, kind: int, body: bytes) -> None:

@@ -118,6 +118,9 @@ class IdleBackend:
             await asyncio.sleep(0)
             yield [TokenEvent(request.request_id, i, (120,), FinishReason.LENGTH if i == last else None)]
 
+    async def knock(self, model: str, max_tokens: int, priority: int, timeout_s: float) -> None:
+        pass
+
     async def loads(self) -> list[ReplicaLoad]:
         return []
 

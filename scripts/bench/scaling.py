@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ernie_cluster.config.cluster import RouterConfig
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.config.scaling import ModelBounds, PoolBounds, ScalingConfig, Targets
 from ernie_cluster.policy.replay.machine import Costs, Job
 from ernie_cluster.policy.replay.replay import Replay, Result

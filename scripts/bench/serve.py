@@ -41,9 +41,10 @@ from ernie_cluster.actors.router import find_router
 from ernie_cluster.actors.telling import Teller
 from ernie_cluster.cli.progress import Progress
 from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint
-from ernie_cluster.config.cluster import ClusterConfig, RouterConfig
+from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.presets import PRESETS
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.deltas import Delta
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
@@ -178,7 +179,7 @@ class NoopRank:
         threading.Thread(target=self._step, daemon=True).start()
 
     def _events(self) -> EventHub:
-        self._hub = self._hub or EventHub(time.monotonic)
+        self._hub = self._hub or EventHub(time.monotonic, idle_s=2.0)
         return self._hub
 
     def _step(self) -> None:
@@ -231,7 +232,7 @@ def measure_streams(folder: str, num_streams: int = 32, max_tokens: int = 600) -
         rank = NoopRank.options(name=name, namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
         address = ray.get(rank.address.remote())
         endpoint = Endpoint("here", None, name)
-        info = ReplicaInfo("noop", uuid.uuid4().hex, "tiny", "mixed", "here", name, address, endpoint)
+        info = ReplicaInfo("noop", "noop", uuid.uuid4().hex, "tiny", "mixed", "here", name, address, endpoint)
         router = find_router(app, config)
         ray.get(router.register.remote(info))
         url = f"http://127.0.0.1:{config.api.port}"

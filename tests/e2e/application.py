@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import ray
 from PIL import Image, ImageDraw
+from ray.exceptions import RayActorError
 
 from ernie_cluster.actors.app import APP_NAME
 from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo
@@ -181,8 +182,11 @@ class Application:
     def objection_to_rest(self) -> str:
         """Why the application is not at rest: a request, lease, block or promise that is still held; "" if it is."""
         for info in self.replicas():
-            assert ray.get(self.rank(info).check.remote(), timeout=10)
-            load = self.load(info)
+            try:
+                assert ray.get(self.rank(info).check.remote(), timeout=10)
+                load = self.load(info)
+            except (ValueError, RayActorError) as e:  # no longer there, and still known to be
+                return f"{info.replica_id} is leaving: {e}"
             if not load.is_idle or load.free_blocks < load.total_blocks:
                 return f"{info.replica_id}: {load}"
         promises = ray.get(self.router().check.remote(), timeout=10)
@@ -193,6 +197,8 @@ class Application:
         if (response := self.get("/ready")).status_code != 200:
             return response.text
         for model in self.config.models:
+            if model.idle_to_zero_s is not None:  # it may sleep
+                continue
             for pool in model.pools:
                 found = len(self.replicas(model.name, pool.role))
                 if found != (wanted := pool.num_replicas * pool.dp):

@@ -6,6 +6,7 @@ small         mixed, 24 KV blocks of 16 tokens       to be over capacity soon
 gang          vision, prefill tp 2, decode dp 2      the same answers from ranks with KV heads of their own, experts on the
                                                      move; --slow only
 ernie-pocket  vision, prefill, decode                the packaged model, where it is there: answers that can be right
+sleepy        mixed                                  goes to sleep when nobody asks; the autoscaler may change nothing else
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from collections.abc import Iterator
 import pytest
 
 from ernie_cluster.cli.local import is_packaged
-from ernie_cluster.config.cluster import (
-    MIB,
-    ApiConfig,
-    ClusterConfig,
-    EplbConfig,
-    ModelDeployment,
-    PoolConfig,
-    RouterConfig,
-)
+from ernie_cluster.config.api import ApiConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
+from ernie_cluster.config.faults import FaultsConfig
 from ernie_cluster.config.image_search import ImageSearchConfig
+from ernie_cluster.config.pool import EplbConfig, PoolConfig
 from ernie_cluster.config.presets import POCKET, PRESETS
+from ernie_cluster.config.router import RouterConfig
+from ernie_cluster.config.scaling import AutoscalerConfig
+from ernie_cluster.config.tracing import TracingConfig
+from ernie_cluster.config.units import MIB
 from tests.tiny import tiny_folder
 
 START_TIMEOUT_S = 300.0
 SMALL_BLOCKS = 24
+SLEEP_S = 10.0
 GANG_POOLS = (
     PoolConfig("vision", num_cpus=0.1),
     PoolConfig("prefill", num_cpus=0.1, tp=2, eplb=EplbConfig(enabled=True, interval_steps=2, min_gain=0.0)),
@@ -38,34 +40,52 @@ GANG_POOLS = (
 )
 
 
+def pinned(model: ModelDeployment) -> ModelDeployment:
+    """The same for an autoscaler that may neither add nor stop any of its replicas."""
+    pools = (dataclasses.replace(p, min_replicas=p.num_replicas, max_replicas=p.num_replicas) for p in model.pools)
+    return dataclasses.replace(model, pools=tuple(pools))
+
+
 def build_config(
-    folder: str, port: int, grpc_port: int, *, has_gang: bool, image_search: ImageSearchConfig | None
+    folder: str, port: int, grpc_port: int, trace_port: int, *, has_gang: bool, image_search: ImageSearchConfig | None
 ) -> ClusterConfig:
     """See the module."""
-    (tiny,), (mixed,) = PRESETS["tiny"](folder).models, PRESETS["tiny-mixed"](folder).models
+    (tiny,), (mixed,) = (
+        [dataclasses.replace(m, engine=dataclasses.replace(m.engine, poison_freed_blocks=True)) for m in preset.models]
+        for preset in (PRESETS["tiny"](folder), PRESETS["tiny-mixed"](folder))
+    )
     pools = tuple(dataclasses.replace(p, num_replicas=2 if p.role == "decode" else 1) for p in tiny.pools)
     block_bytes = 2 * 16 * 1024  # 16 tokens; 2 KiB of float32 keys and values per token, see the checkpoint
     engine = dataclasses.replace(
         tiny.engine, kv_cache_bytes=(SMALL_BLOCKS + 1) * block_bytes, max_model_len=2048, enable_prefix_cache=False
     )
+    sleepy = ModelDeployment(
+        "sleepy", folder, (PoolConfig("mixed", num_cpus=0.1),), tiny.engine, floor=0, idle_to_zero_s=SLEEP_S
+    )
     split = dataclasses.replace(tiny.engine, kv_placement="split")
+    others = (
+        dataclasses.replace(tiny, pools=pools, switch_roles=True),
+        dataclasses.replace(mixed, name="mixed"),
+        ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
+        *((dataclasses.replace(tiny, name="gang", pools=GANG_POOLS, engine=split),) if has_gang else ()),
+        *(PRESETS["pocket"](POCKET).models if is_packaged() else ()),
+    )
     return ClusterConfig(
-        models=(
-            dataclasses.replace(tiny, pools=pools),
-            dataclasses.replace(mixed, name="mixed"),
-            ModelDeployment("small", folder, (PoolConfig("mixed", num_cpus=0.1),), engine),
-            *((dataclasses.replace(tiny, name="gang", pools=GANG_POOLS, engine=split),) if has_gang else ()),
-            *(PRESETS["pocket"](POCKET).models if is_packaged() else ()),
-        ),
+        models=(*map(pinned, others), sleepy),
         api=ApiConfig(
             port=port,
             grpc_port=grpc_port,
             max_body_bytes=4 * MIB,
             max_image_bytes=MIB,
             max_image_pixels=1_000_000,
+            client_idle_timeout_s=4.0,
             image_search=image_search,
+            tracing=TracingConfig(f"http://127.0.0.1:{trace_port}/v1/traces", sample_ratio=0.0),
         ),
-        router=RouterConfig(heartbeat_timeout_s=10.0, lease_timeout_s=15.0, max_attempts=3),
+        scaling=AutoscalerConfig(down_delay_s=3.0),
+        faults=FaultsConfig(enabled=True),
+        # the ranks of all these models share two cores, and pause for seconds while others start
+        router=RouterConfig(heartbeat_timeout_s=5.0, lease_timeout_s=15.0),
     )
 
 
@@ -97,6 +117,7 @@ def app(request: pytest.FixtureRequest, photos: ImageSearchConfig | None) -> Ite
 
         config = build_config(
             tiny_folder(),
+            free_port(),
             free_port(),
             free_port(),
             has_gang=request.config.getoption("--slow"),

@@ -108,6 +108,7 @@ def test_port_that_is_taken_is_said_before_anything_starts(start: Start, tmp_pat
             assert "starting Ray" not in program.text
 
 
+@pytest.mark.slow  # Serve tries three times
 def test_replica_that_cannot_start_says_why(start: Start, tmp_path: Path) -> None:
     path = yaml_file(tmp_path, free_port())
     program = start("serve", str(path), "--set", "models.0.engine.kv_cache_bytes=1KiB", RAY_ADDRESS="")

@@ -128,3 +128,24 @@ def test_more_than_fits_at_once_is_served_one_after_the_other(app: Application) 
 
     assert len(set(run(crowd()))) == 1
     eventually(app.objection_to_rest, 15)
+
+
+def test_a_flood_is_served_or_told_when_to_come_back(app: Application) -> None:
+    """Ten times what fits, batch work among it, and some that brings little time."""
+
+    async def ask(client: httpx.AsyncClient, number: int) -> httpx.Response:
+        body = chat_body("small", f"Number {number}?", max_tokens=60, priority=int(number % 5 == 4))
+        headers = {"x-request-timeout": "0.01"} if number % 7 == 3 else {}
+        return await client.post(app.url + CHAT, json=body, headers=headers, timeout=120)
+
+    async def flood() -> list[httpx.Response]:
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as client:
+            return list(await asyncio.gather(*(ask(client, number) for number in range(40))))
+
+    answers = run(flood())
+    patient = [answer for number, answer in enumerate(answers) if number % 7 != 3]
+    assert {answer.status_code for answer in patient} == {200, 429}
+    assert {answer.status_code for answer in answers} <= {200, 429, 504}
+    assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status_code == 429)
+    eventually(app.objection_to_rest, 15)
+    assert app.ask("small", "Hello")["choices"][0]["finish_reason"] == "length"

@@ -97,7 +97,7 @@ def over_grpc(app: Application, sample: Sample, tools: Sequence[str] = (), funct
     )
 
 
-@pytest.mark.parametrize("ask", [over_http, over_grpc])
+@pytest.mark.parametrize("ask", [over_http, pytest.param(over_grpc, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("skill", "least"), [("ground", 3), ("motion", 4)])
 def test_it_points_and_sees_what_moves(app: Application, ask: Ask, skill: str, least: int) -> None:
     samples = [draw(skill, seed) for seed in range(HELD_OUT + 7000, HELD_OUT + 7000 + NUM_ASKED)]
@@ -105,7 +105,7 @@ def test_it_points_and_sees_what_moves(app: Application, ask: Ask, skill: str, l
     assert sum(judge(sample, reply.text) for sample, reply in zip(samples, replies, strict=True)) >= least, replies
 
 
-@pytest.mark.parametrize("ask", [over_http, over_grpc])
+@pytest.mark.parametrize("ask", [over_http, pytest.param(over_grpc, marks=pytest.mark.slow)])
 def test_it_looks_twice(app: Application, ask: Ask) -> None:
     samples = [draw("zoom", seed) for seed in range(HELD_OUT + 7000, HELD_OUT + 7000 + NUM_ASKED)]
     replies = [ask(app, sample, ["image_zoom_in_tool"]) for sample in samples]

@@ -13,6 +13,7 @@ import torch
 from ernie_cluster.engine.buckets import DecodeBuckets
 from ernie_cluster.engine.crew import Crew
 from ernie_cluster.engine.graphs import CudaRecorder, GraphedDecoder
+from ernie_cluster.engine.host_tier import HostMemory
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker
 from ernie_cluster.model.build import build_decoder
@@ -161,3 +162,15 @@ def test_the_engine_takes_the_kernels_of_a_gpu(decoder: Decoder) -> None:
     runner = Runner.around(decoder, num_blocks=9, block_size=PAGE_TOKENS, max_graphed=8)
     assert runner.buckets is not None
     assert runner.buckets.sizes == (1, 2, 4, 8)
+
+
+def test_blocks_go_to_pinned_memory_and_come_back_without_waiting() -> None:
+    kv = random(3, 2, 6, 16, KV_HEADS, DIM)
+    before, memory = kv.clone(), HostMemory(kv, 4)
+    assert memory._slots.is_pinned()
+    with nothing_waits():
+        memory.offload([(3, 5), (1, 2)])
+        kv.zero_()  # as the next step would, on the same stream
+        memory.restore([(1, 4), (3, 2)])
+    assert torch.equal(kv[:, :, [4, 2]], before[:, :, [2, 5]])
+    assert not kv[:, :, [0, 1, 3, 5]].any()

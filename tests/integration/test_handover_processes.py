@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from ernie_cluster.engine.worker import WorkerSnapshot
+from ernie_cluster.engine.snapshot import WorkerSnapshot
 from ernie_cluster.model.build import Role
 from ernie_cluster.request import GenerationRequest
 from ernie_cluster.transport.base import Message, Pack, PieceHeader

@@ -15,7 +15,7 @@ import ray.exceptions
 from ernie_cluster.actors.channels import Channels, Receivers, open_nixl, receive
 from ernie_cluster.actors.environment import local_cluster
 from ernie_cluster.actors.messages import NAMESPACE
-from ernie_cluster.config.cluster import TransportConfig
+from ernie_cluster.config.transport import TransportConfig
 from ernie_cluster.errors import ReplicaLost
 from ernie_cluster.transport.base import Channel, Message
 from ernie_cluster.transport.choose import Endpoint
@@ -34,7 +34,7 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # no token file in the home of whoever runs the tests
         with local_cluster():
-            ray.init(num_cpus=2, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
+            ray.init("local", num_cpus=2, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
 

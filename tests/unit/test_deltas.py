@@ -87,8 +87,10 @@ def test_levels_are_the_longest_common_beginnings(
     wanted = [
         (d, sum(1 << s for s in depths if depths[s] == d)) for d in sorted({*depths.values()} - {0}, reverse=True)
     ]
-    assert list(holders.levels(links(asked), among, limit)) == wanted[:limit]
-    assert all(holders.depth(links(asked), slot) == depth for slot, depth in depths.items())
+    holders.expect(9, links(asked))
+    assert list(holders.trail(links(asked)).levels(among, limit)) == wanted[:limit]
+    assert holders.trail(links(asked)).present(among | 1 << 9) == (wanted[0] if wanted else (0, 0))
+    assert all(holders.trail(links(asked)).depth(slot) == depth for slot, depth in depths.items())
 
 
 def test_what_is_expected_twice_is_expected_until_both_are_over() -> None:

@@ -4,7 +4,7 @@ import { el, place } from "./dom.js";
 import { duration, grouped } from "./numbers.js";
 
 /** Stages with a colour of their own. */
-const KNOWN = new Set(["queue", "preprocess", "route", "encode", "embeddings", "prefill", "transfer", "decode"]);
+const KNOWN = new Set(["queue", "preprocess", "route", "encode", "embeddings", "fetch", "prefill", "transfer", "decode"]);
 
 /** Each stage with its place between the first one's start and the last one's end, in percent:
  * [{stage, offset_s, left, width}]. Pure. */

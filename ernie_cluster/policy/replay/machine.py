@@ -11,8 +11,9 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from ernie_cluster.config.scaling import PoolRole
-from ernie_cluster.policy.scaling.snapshot import Phase, Sums
+from ernie_cluster.config.pool import Role
+from ernie_cluster.policy.scaling.snapshot import Phase
+from ernie_cluster.sums import Sums
 
 _EPSILON = 1e-7
 """Tokens, of rounding."""
@@ -92,7 +93,7 @@ class SimReplica:
 
     replica_id: str
     model: str
-    role: PoolRole
+    role: Role
     gpus: float
     costs: Costs
     phase: Phase = "ready"

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ernie_cluster.config.scaling import ScalingConfig
 from ernie_cluster.policy.replay.machine import Job, SimReplica
-from ernie_cluster.policy.scaling.snapshot import ModelState, ReplicaState, ScalingSnapshot, StageStats, Sums
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Of one model since the last look."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    pictures: int = 0
-    media_tokens: int = 0
-    ttft_s: list[float] = field(default_factory=list)
-    tpot_s: list[float] = field(default_factory=list)
+from ernie_cluster.policy.scaling.observe import Tally, p90
+from ernie_cluster.policy.scaling.snapshot import ModelState, ReplicaState, ScalingSnapshot, StageStats
+from ernie_cluster.sums import Sums
 
 
 @dataclass(slots=True)
@@ -29,7 +18,7 @@ class Observer:
     """Counts between two looks."""
 
     at_s: float = 0.0
-    _tallies: defaultdict[str, _Tally] = field(default_factory=lambda: defaultdict(_Tally))
+    _tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     _busy_s: dict[str, float] = field(default_factory=dict)
     """When each model was last seen busy."""
 
@@ -89,10 +78,10 @@ class Observer:
                 tally.requests / seconds,
                 tally.prompt_tokens / seconds,
                 sum(r.queued_tokens for r in replicas if r.role != "vision"),
-                _p90(tally.ttft_s),
+                p90(tally.ttft_s),
                 prompts,
             ),
-            decode=StageStats(tally.requests / seconds, emitted, 0.0, _p90(tally.tpot_s), steps),
+            decode=StageStats(tally.requests / seconds, emitted, 0.0, p90(tally.tpot_s), steps),
             vision=StageStats(
                 tally.pictures / seconds,
                 tally.media_tokens / seconds,
@@ -105,7 +94,3 @@ class Observer:
             num_held=held,
             idle_s=now_s - self._busy_s.setdefault(name, now_s),
         )
-
-
-def _p90(values: list[float]) -> float | None:
-    return sorted(values)[math.ceil(0.9 * len(values)) - 1] if values else None

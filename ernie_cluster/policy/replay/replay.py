@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ernie_cluster.config.scaling import PoolRole, ScalingConfig
+from ernie_cluster.config.pool import Role
+from ernie_cluster.config.scaling import ScalingConfig
 from ernie_cluster.policy.replay.machine import Costs, Job, SimReplica
 from ernie_cluster.policy.replay.observe import Observer
 from ernie_cluster.policy.replay.routes import Route
@@ -28,8 +29,8 @@ from ernie_cluster.policy.scaling.actions import (
 from ernie_cluster.policy.scaling.decide import decide
 from ernie_cluster.policy.scaling.memory import Memory
 
-ROLES: tuple[PoolRole, ...] = ("vision", "prefill", "decode", "mixed")
-Fleet = Mapping[str, Mapping[PoolRole, int]]
+ROLES: tuple[Role, ...] = ("vision", "prefill", "decode", "mixed")
+Fleet = Mapping[str, Mapping[Role, int]]
 """Ready replicas at the start, by model and role."""
 
 
@@ -40,7 +41,7 @@ class Result:
     jobs: list[Job]
     """Every request, in the order of arrival."""
     actions: list[tuple[float, Action]]
-    counts: list[tuple[float, dict[tuple[str, PoolRole], int]]]
+    counts: list[tuple[float, dict[tuple[str, Role], int]]]
     """Replicas that do each role, at each look."""
     most_gpus: float
     """That were held at the same time."""
@@ -69,7 +70,7 @@ class Replay:
     now_s: float = 0.0
     replicas: dict[str, SimReplica] = field(default_factory=dict)
     result: Result = field(default_factory=lambda: Result([], [], [], 0.0))
-    _ready: dict[str, dict[PoolRole, list[SimReplica]]] = field(default_factory=dict)
+    _ready: dict[str, dict[Role, list[SimReplica]]] = field(default_factory=dict)
     _events: list[tuple[float, int, str, object]] = field(default_factory=list)
     _order: itertools.count[int] = field(default_factory=itertools.count)
     _held: dict[str, list[Job]] = field(default_factory=dict)
@@ -248,7 +249,7 @@ class Replay:
             waits_for = frozenset(s.replica_id for s in action.stops if s.replica_id in self.replicas)
             self._planned.append((self._add(action.model, action.role), waits_for))
 
-    def _add(self, model: str, role: PoolRole) -> SimReplica:
+    def _add(self, model: str, role: Role) -> SimReplica:
         pool = next(m for m in self.config.models if m.name == model).pool(role)
         assert pool is not None, f"{model} has no {role} pool"
         replica_id = f"{model}/{next(self._order):06d}"

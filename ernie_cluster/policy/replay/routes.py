@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Protocol
 
-from ernie_cluster.config.cluster import RouterConfig
-from ernie_cluster.config.scaling import PoolRole
+from ernie_cluster.config.pool import Role
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.fleet import Fleet
 from ernie_cluster.policy.replay.machine import Job, SimReplica
@@ -17,7 +17,7 @@ from ernie_cluster.policy.snapshot import Demand, Rates, ReplicaSnapshot
 
 Chosen = tuple[SimReplica | None, SimReplica, SimReplica]
 """Encoder (None without media), prefill, decode."""
-ByRole = Mapping[PoolRole, Sequence[SimReplica]]
+ByRole = Mapping[Role, Sequence[SimReplica]]
 """Replicas of one model that take work."""
 
 _BLOCK = 16

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ernie_cluster.config.scaling import PoolRole
+from ernie_cluster.config.pool import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class SwitchRole:
 
     model: str
     replica_ids: tuple[str, ...]
-    source: PoolRole
-    target: PoolRole
+    source: Role
+    target: Role
     reason: str
 
 
@@ -39,7 +39,7 @@ class MoveGpus:
 
     stops: tuple[Stop, ...]
     model: str
-    role: PoolRole
+    role: Role
     reason: str
 
 
@@ -48,7 +48,7 @@ class ScaleOut:
     """Start replicas on free GPUs."""
 
     model: str
-    role: PoolRole
+    role: Role
     count: int
     reason: str
 
@@ -58,7 +58,7 @@ class ScaleIn:
     """Drain and stop these replicas."""
 
     model: str
-    role: PoolRole
+    role: Role
     replica_ids: tuple[str, ...]
     reason: str
 
@@ -77,7 +77,7 @@ class WakeUp:
     """Start the first replicas of a model that has none, on free GPUs; then let go the requests of its wake-up queue."""
 
     model: str
-    roles: tuple[PoolRole, ...]
+    roles: tuple[Role, ...]
     reason: str
 
 

@@ -45,12 +45,12 @@ def decide(snapshot: ScalingSnapshot, config: ScalingConfig, memory: Memory, now
     actions: list[Action] = []
     for name, state in states.items():
         bounds = known[name]
-        memories[name] = remembered(memory.of(name), state, config, dt_s)
+        memories[name] = remembered(memory.of(name), state, config.pace, dt_s)
         needs[name] = needs_of(state, memories[name], bounds.targets)
         peaks[name] = needs_of(state, memories[name], bounds.targets, at_peak=True)
         memories[name] = _learnt(memories[name], state, needs[name], bounds, dt_s or 0.0)
         switch = switch_roles(
-            state, memories[name], role_needs(state, memories[name], bounds.targets), bounds, config, now_s
+            state, memories[name], role_needs(state, memories[name], bounds.targets), bounds, config.pace, now_s
         )
         if switch is not None:
             actions.append(switch)
@@ -65,7 +65,7 @@ def decide(snapshot: ScalingSnapshot, config: ScalingConfig, memory: Memory, now
         states=dict(states),
         needs=needs,
         units=dict(units),
-        settled={name: now_s - m.taken_s >= config.settle_s for name, m in memories.items()},
+        settled={name: now_s - m.taken_s >= config.pace.settle_s for name, m in memories.items()},
         free=free_gpus(snapshot, config.total_gpus),
     )
     ledger.grow()
@@ -109,7 +109,7 @@ def _shrink(unit: Unit, memory: ModelMemory, ledger: Ledger, *, is_busy: bool) -
         since = None
     elif since is None:
         since = now_s
-    elif now_s - since >= ledger.config.down_delay_s:
+    elif now_s - since >= ledger.config.pace.down_delay_s:
         ledger.shrink(unit, now_s - since)
         since = now_s
     return replace(memory, vision_low_since_s=since) if unit.is_vision else replace(memory, low_since_s=since)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ernie_cluster.config.scaling import ScalingConfig
-from ernie_cluster.policy.scaling.snapshot import ModelState, StageStats, Sums
+from ernie_cluster.config.scaling import ScalingPace
+from ernie_cluster.policy.scaling.snapshot import ModelState, StageStats
+from ernie_cluster.sums import Sums
 
 _MAX_CORRECTION = 1.5
 _CORRECTION_S = 120.0
@@ -66,8 +67,13 @@ class Memory:
     def of(self, name: str) -> ModelMemory:
         return next((m for n, m in self.models if n == name), ModelMemory())
 
+    def switched(self, name: str, source: str, now_s: float) -> Memory:
+        """The memory after somebody else has switched replicas of a model."""
+        there = dict(self.models) | {name: replace(self.of(name), switched_s=now_s, switched_from=source)}
+        return replace(self, models=tuple(there.items()))
 
-def remembered(memory: ModelMemory, state: ModelState, config: ScalingConfig, dt_s: float | None) -> ModelMemory:
+
+def remembered(memory: ModelMemory, state: ModelState, pace: ScalingPace, dt_s: float | None) -> ModelMemory:
     """Memory with one more look taken in; what it corrects, `corrected` says.
 
     Args:
@@ -75,13 +81,13 @@ def remembered(memory: ModelMemory, state: ModelState, config: ScalingConfig, dt
     """
     context = memory.context_tokens
     if state.context_tokens:
-        periods = math.inf if not context or dt_s is None else dt_s / config.smoothing_s
+        periods = math.inf if not context or dt_s is None else dt_s / pace.smoothing_s
         context = _mean(context, state.context_tokens, periods)
     return replace(
         memory,
-        prefill=_stage(memory.prefill, state.prefill, config, config.smoothing_s, dt_s),
-        decode=_stage(memory.decode, state.decode, config, config.smoothing_s * _DECODE_SMOOTHING, dt_s),
-        vision=_stage(memory.vision, state.vision, config, config.smoothing_s, dt_s),
+        prefill=_stage(memory.prefill, state.prefill, pace, pace.smoothing_s, dt_s),
+        decode=_stage(memory.decode, state.decode, pace, pace.smoothing_s * _DECODE_SMOOTHING, dt_s),
+        vision=_stage(memory.vision, state.vision, pace, pace.smoothing_s, dt_s),
         context_tokens=context,
     )
 
@@ -96,23 +102,21 @@ def corrected(stage: StageMemory, latency_s: float | None, target_s: float, dt_s
     return replace(stage, correction=factor)
 
 
-def _stage(
-    old: StageMemory, stats: StageStats, config: ScalingConfig, most_s: float, dt_s: float | None
-) -> StageMemory:
+def _stage(old: StageMemory, stats: StageStats, pace: ScalingPace, most_s: float, dt_s: float | None) -> StageMemory:
     """One more look at a stage, averaged over at most `most_s`."""
     if dt_s is None:
         tokens = stats.tokens_per_s
         return StageMemory(stats.requests_per_s, tokens, tokens, most_s, stats.samples)
     enough = (1 + old.samples.variation) / (2 * _NOISE**2)
     enough_s = enough / old.requests_per_s if old.requests_per_s * most_s > enough else most_s
-    smoothing_s = min(most_s, max(enough_s, _LEAST_SMOOTHING * config.smoothing_s))
+    smoothing_s = min(most_s, max(enough_s, _LEAST_SMOOTHING * pace.smoothing_s))
     tokens = _mean(old.tokens_per_s, stats.tokens_per_s, dt_s / smoothing_s)
     return StageMemory(
-        requests_per_s=_mean(old.requests_per_s, stats.requests_per_s, dt_s / config.smoothing_s),
+        requests_per_s=_mean(old.requests_per_s, stats.requests_per_s, dt_s / pace.smoothing_s),
         tokens_per_s=tokens,
-        peak_tokens_per_s=max(tokens, _mean(old.peak_tokens_per_s, tokens, dt_s / config.memory_s)),
+        peak_tokens_per_s=max(tokens, _mean(old.peak_tokens_per_s, tokens, dt_s / pace.memory_s)),
         smoothing_s=smoothing_s,
-        samples=old.samples.faded(math.exp(-dt_s / (2 * config.smoothing_s)) if stats.samples.n else 1) + stats.samples,
+        samples=old.samples.faded(math.exp(-dt_s / (2 * pace.smoothing_s)) if stats.samples.n else 1) + stats.samples,
         correction=old.correction,
     )
 

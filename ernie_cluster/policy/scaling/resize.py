@@ -10,7 +10,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from ernie_cluster.config.scaling import ModelBounds, PoolRole, ScalingConfig
+from ernie_cluster.config.pool import Role
+from ernie_cluster.config.scaling import ROUNDING, ModelBounds, ScalingConfig
 from ernie_cluster.policy.scaling.actions import Action, MoveGpus, ScaleIn, ScaleOut, Stop, WakeUp
 from ernie_cluster.policy.scaling.needs import Needs
 from ernie_cluster.policy.scaling.roles import Split, best_split, idlest, is_measured
@@ -51,11 +52,13 @@ class Ledger:
         """Serve every unit that is short, neediest first."""
         short = sorted((u for u in self.units.values() if u.missing), key=lambda u: (-u.pressure, u.name))
         for unit in short:
+            if not self.units[unit.name].missing:  # it was woken with its model
+                continue
             if not unit.have and not unit.is_vision and self._wake(unit):
                 continue
             missing = self._move(unit, unit.missing, is_fair=False)
             missing = self._start(unit, missing)
-            if missing and self.free < unit.gpus:
+            if missing and not self._has_free(unit.gpus):
                 missing = self._move(unit, min(missing, 1), is_fair=True)
             if missing:
                 self.notes.append(
@@ -67,21 +70,24 @@ class Ledger:
         """Stop what has not been needed for long."""
         count = min(unit.have - unit.keep, self._most(unit.have))
         reason = f"{unit.keep} of {unit.have} are enough for the last peak and have been for {low_for_s:.0f} s"
-        by_role: dict[PoolRole, list[str]] = {}
+        by_role: dict[Role, list[str]] = {}
         for stop in self._spare(unit, count):
             by_role.setdefault(stop.role, []).append(stop.replica_id)
         self.actions += [ScaleIn(unit.model, role, tuple(ids), reason) for role, ids in by_role.items()]
 
+    def _has_free(self, gpus: float) -> bool:
+        return gpus <= self.free + ROUNDING
+
     def _most(self, count: int) -> int:
-        return max(1, int(self.config.max_share * count))
+        return max(1, int(self.config.pace.max_share * count))
 
     def _wake(self, unit: Unit) -> bool:
         bounds = self._bounds(unit.model)
-        roles: tuple[PoolRole, ...] = ("mixed",) if bounds.pool("mixed") else ("prefill", "decode")
+        roles: tuple[Role, ...] = ("mixed",) if bounds.pool("mixed") else ("prefill", "decode")
         if bounds.pool("vision") and not self.states[unit.model].count("vision"):
             roles = (*roles, "vision")
         gpus = sum(pool.gpus for role in roles if (pool := bounds.pool(role)))
-        if gpus > self.free:
+        if not self._has_free(gpus):
             return False
         held = self.states[unit.model].num_held
         reason = f"no replica is there, {held} requests wait; {gpus:g} of {self.free:g} free GPUs"
@@ -94,7 +100,7 @@ class Ledger:
 
     def _start(self, unit: Unit, missing: int) -> int:
         """Start what fits into the free GPUs; what is missing still."""
-        fits = missing if not unit.gpus else int(self.free / unit.gpus + 1e-9)
+        fits = missing if not unit.gpus else int(self.free / unit.gpus + ROUNDING)
         count = max(0, min(missing, fits))
         if count:
             reason = (
@@ -105,10 +111,10 @@ class Ledger:
             self.free -= count * unit.gpus
         return missing - count
 
-    def _begin(self, unit: Unit) -> PoolRole:
+    def _begin(self, unit: Unit) -> Role:
         """Role of one more replica, which counts from now on."""
         state = self.states[unit.model]
-        role: PoolRole = "vision"
+        role: Role = "vision"
         if not unit.is_vision:
             role = next_role(Split.of(state), self._bounds(unit.model), self.needs[unit.model])
         begun = ReplicaState(f"begun-{len(state.replicas)}", role, unit.gpus, "switching")
@@ -141,7 +147,7 @@ class Ledger:
         """Replicas that the donor can give for one of the unit, none where it cannot."""
         if not unit.gpus or not donor.gpus:
             return []
-        count = max(1, math.ceil((unit.gpus - max(0.0, self.free)) / donor.gpus - 1e-9))
+        count = max(1, math.ceil((unit.gpus - max(0.0, self.free)) / donor.gpus - ROUNDING))
         left = donor.have - count
         if left < donor.least:
             return []
@@ -155,7 +161,7 @@ class Ledger:
                 return []
         before = self.states[donor.model]
         stops = self._spare(donor, count)
-        if len(stops) == count and self.free + sum(r.gpus for r in stops) >= unit.gpus:
+        if len(stops) == count and self._has_free(unit.gpus - math.fsum(r.gpus for r in stops)):
             return stops
         self.states[donor.model] = before
         return []
@@ -165,8 +171,8 @@ class Ledger:
         bounds, chosen = self._bounds(unit.model), list[ReplicaState]()
         for _ in range(count):
             state = self.states[unit.model]
-            roles: tuple[PoolRole, ...] = ("vision",) if unit.is_vision else ENGINE_ROLES
-            able = [r for r in roles if idlest(state, r) and self._may_lose(state, bounds, r, unit.least)]
+            roles: tuple[Role, ...] = ("vision",) if unit.is_vision else ENGINE_ROLES
+            able = [r for r in roles if idlest(state, r) and self._may_lose(state, bounds, r)]
             if not able:
                 break
             role = min(able, key=lambda r: (self._pressure_of(state, r), r))
@@ -176,7 +182,7 @@ class Ledger:
             self.states[unit.model] = replace(state, replicas=left)
         return chosen
 
-    def _may_lose(self, state: ModelState, bounds: ModelBounds, role: PoolRole, least: int) -> bool:
+    def _may_lose(self, state: ModelState, bounds: ModelBounds, role: Role) -> bool:
         pool = bounds.pool(role)
         count = state.count(role)
         if pool is not None and count <= pool.min_replicas:
@@ -196,7 +202,7 @@ class Ledger:
         split = best_split(count, needs, self._bounds(unit.model)) if is_measured(needs) else None
         return split.pressure(needs) if split else unit.pressure if count >= unit.have else math.inf
 
-    def _pressure_of(self, state: ModelState, role: PoolRole) -> float:
+    def _pressure_of(self, state: ModelState, role: Role) -> float:
         needs = self.needs[state.name]
         need = {"prefill": needs.prefill, "decode": needs.decode, "vision": needs.vision}.get(role) or 0.0
         return need / max(1, state.count(role))

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ernie_cluster.config.scaling import ModelBounds, PoolRole, ScalingConfig
+from ernie_cluster.config.pool import Role
+from ernie_cluster.config.scaling import ModelBounds, ScalingPace
 from ernie_cluster.policy.scaling.actions import SwitchRole
 from ernie_cluster.policy.scaling.memory import ModelMemory
 from ernie_cluster.policy.scaling.needs import NOISE, Needs, noise_of
@@ -43,7 +44,7 @@ class Split:
         """Whether a request can come through."""
         return bool(self.mixed or (self.prefill and self.decode))
 
-    def counts(self) -> Mapping[PoolRole, int]:
+    def counts(self) -> Mapping[Role, int]:
         return {"prefill": self.prefill, "decode": self.decode, "mixed": self.mixed}
 
     def pressure(self, needs: Needs) -> float:
@@ -103,24 +104,24 @@ def fewest(bounds: ModelBounds) -> int:
 
 
 def switch_roles(
-    state: ModelState, memory: ModelMemory, needs: Needs, bounds: ModelBounds, config: ScalingConfig, now_s: float
+    state: ModelState, memory: ModelMemory, needs: Needs, bounds: ModelBounds, pace: ScalingPace, now_s: float
 ) -> SwitchRole | None:
     """The switch that helps most, or None: nothing is short, or the gain is within noise, or it would take one back."""
-    if not is_measured(needs):
+    if not (bounds.may_switch and is_measured(needs)):
         return None
     now, best = Split.of(state), best_split(Split.of(state).total, needs, bounds)
     if best is None or best == now:
         return None
     before, after = now.pressure(needs), best.pressure(needs)
-    band = min(_MAX_BAND, max(config.margin, NOISE * noise_of(memory.prefill)))
+    band = min(_MAX_BAND, max(pace.margin, NOISE * noise_of(memory.prefill)))
     if before <= max(_EASY, after * (1 + band)):
         return None
     surplus = {role: now.counts()[role] - best.counts()[role] for role in ENGINE_ROLES}
     source, target = max(ENGINE_ROLES, key=surplus.__getitem__), min(ENGINE_ROLES, key=surplus.__getitem__)
-    is_back = target == memory.switched_from and now_s - memory.switched_s < config.settle_s
+    is_back = target == memory.switched_from and now_s - memory.switched_s < pace.settle_s
     if is_back and math.isfinite(before):
         return None
-    count = min(surplus[source], -surplus[target], max(1, int(config.max_share * now.counts()[source])))
+    count = min(surplus[source], -surplus[target], max(1, int(pace.max_share * now.counts()[source])))
     chosen = idlest(state, source)[:count]
     if not chosen:
         return None
@@ -138,7 +139,7 @@ def switched(state: ModelState, action: SwitchRole) -> ModelState:
     return replace(state, replicas=tuple(there))
 
 
-def idlest(state: ModelState, role: PoolRole) -> list[ReplicaState]:
+def idlest(state: ModelState, role: Role) -> list[ReplicaState]:
     """Replicas of a role that may be told something else, those first that have least to finish."""
     order = {"planned": 0, "starting": 1, "ready": 2}
     free = [r for r in state.replicas if r.role == role and r.phase in order]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ernie_cluster.config.scaling import ModelBounds, PoolRole
+from ernie_cluster.config.pool import Role
+from ernie_cluster.config.scaling import ModelBounds
 from ernie_cluster.policy.scaling.needs import Needs
 from ernie_cluster.policy.scaling.roles import Split, fewest, is_measured, replicas_for
 from ernie_cluster.policy.scaling.snapshot import ENGINE_ROLES, ModelState
@@ -88,7 +89,7 @@ def _engines(state: ModelState, bounds: ModelBounds, now: Needs, peak: Needs) ->
     return Unit(state.name, False, split.total, want, max(keep, want), least, pressure, need, pool.gpus)
 
 
-def next_role(split: Split, bounds: ModelBounds, needs: Needs) -> PoolRole:
+def next_role(split: Split, bounds: ModelBounds, needs: Needs) -> Role:
     """Of the next engine replica: the one that would help most."""
     counts = split.counts()
     able = [r for r in ENGINE_ROLES if (p := bounds.pool(r)) and counts[r] < p.max_replicas]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ernie_cluster.config.cluster import MIB, ClusterConfig, ModelDeployment, PoolConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.pool import PoolConfig
+from ernie_cluster.config.units import MIB
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.policy.sizing import memory
 from ernie_cluster.policy.sizing.formats import FORMATS
@@ -20,7 +23,8 @@ def setting_of(deployment: ModelDeployment, shape: ModelConfig, gpu: Gpu | None)
     method = deployment.method(shape.quantization)
     weights = FORMATS[dtype] if method is None else replace(FORMATS[method.name], plain_bits=FORMATS[dtype].plain_bits)
     pixels = deployment.image_max_pixels or memory.IMAGE_MAX_PIXELS
-    return Setting(shape, deployment.engine, weights, deployment.engine.kv_dtype_of(shape.dtype), gpu, pixels)
+    kv = deployment.engine.kv_dtype_of(shape.dtype)
+    return Setting(shape, deployment.engine, weights, kv, gpu, pixels, switch_roles=deployment.switch_roles)
 
 
 def size_deployment(deployment: ModelDeployment, setting: Setting) -> tuple[PoolSizing, ...]:
@@ -65,11 +69,13 @@ def check_fit(
             raise ConfigError(f"model {deployment.name!r} does not fit: {misfits[-1]}; see `ernie-cluster plan`")
         bare = setting_of(deployment, shape, None)
         for pool in (size_pool(bare, p) for p in pools_of(deployment) if not p.num_gpus):
-            on_host += pool.num_replicas * sum(r.total + pool.kv_cache_bytes for r in pool.ranks)
+            on_host += pool.num_replicas * sum(
+                r.total + pool.kv_cache_bytes + pool.host_cache_bytes for r in pool.ranks
+            )
     if host_bytes is not None and on_host > host_bytes:
         raise ConfigError(
             f"the pools without GPUs need {gigabytes(on_host)} for weights, activations and KV, these machines have "
-            f"{gigabytes(host_bytes)} of memory; lower engine.kv_cache_bytes or num_replicas"
+            f"{gigabytes(host_bytes)} of memory; lower engine.kv_cache_bytes, engine.host_cache_bytes or num_replicas"
         )
 
 

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ernie_cluster.config.cluster import MIB
+from ernie_cluster.config.units import MIB
 from ernie_cluster.errors import ConfigError
 
 NETWORK_BYTES_PER_S = 50e9

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ernie_cluster.config.cluster import PoolConfig, Role
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.pool import PoolConfig, Role
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.policy.sizing.formats import FORMATS
 from ernie_cluster.policy.sizing.gpus import GPUS, Gpu

@@ -6,10 +6,12 @@ where it lies. The reserves are assumptions, on the large side: no GPU was at ha
 
 from __future__ import annotations
 
-from ernie_cluster.config.cluster import GIB, MIB, EngineConfig, Role
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig, VisionConfig
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.pool import Role
+from ernie_cluster.config.units import GIB, MIB
 from ernie_cluster.policy.sizing.weights import matrices
 
 IMAGE_MAX_PIXELS = 6177 * 28 * 28

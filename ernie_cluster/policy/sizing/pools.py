@@ -9,10 +9,11 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ernie_cluster.config.cluster import EngineConfig, PoolConfig, Role
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.pool import PoolConfig, Role, weights_role
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.policy.sizing import memory
 from ernie_cluster.policy.sizing.formats import WeightFormat
@@ -36,6 +37,8 @@ class Setting:
     """Frames of the largest video, 0 for none: it is encoded whole."""
     fills_kv: bool = False
     """KV takes all that is left, and must hold one sequence of `max_model_len`; else `kv_cache_bytes` is KV's size."""
+    switch_roles: bool = False
+    """See `ModelDeployment`: decode replicas hold what prefill replicas do."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -90,9 +93,11 @@ class PoolSizing:
     """Of each rank; None in vision pools."""
     kv_cache_bytes: int
     """Of each rank."""
+    host_cache_bytes: int
+    """Of each rank, for KV that its cache has no room for; on the host, always."""
     max_model_len: int
     host_bytes: int
-    """Of each rank, on CPU with all that it computes with."""
+    """Of each rank, `host_cache_bytes` among them; on CPU with all that it computes with."""
     problem: str
     """Why it does not fit, with the equation; "" when it does."""
 
@@ -132,11 +137,12 @@ def size_pool(setting: Setting, pool: PoolConfig) -> PoolSizing:
     if pool.num_gpus and setting.gpu is None:
         raise ConfigError(f"{pool.role} pool: num_gpus = {pool.num_gpus:g}, so name its kind of GPU")
     budget = int(setting.gpu.memory_bytes * pool.num_gpus) if pool.num_gpus and setting.gpu else None
-    activations = _activations(setting, pool)
+    role = weights_role(pool.role, switch_roles=setting.switch_roles)
+    activations = _activations(setting, pool, has_vision_experts=role != "decode")
     reserve = 0 if budget is None else memory.reserve_bytes(pool.role, dims.world, budget)
     ranks = tuple(
         RankSizing(weights, scales, activations, reserve)
-        for weights, scales in _weights_of_ranks(model, setting.weights, pool.role, dims)
+        for weights, scales in _weights_of_ranks(model, setting.weights, role, dims)
     )
     largest = max(r.total for r in ranks)
     layout = None
@@ -146,7 +152,8 @@ def size_pool(setting: Setting, pool: PoolConfig) -> PoolSizing:
         blocks_of_one = -(-setting.max_model_len // layout.block_size) + 1
         wanted = blocks_of_one * layout.block_bytes if setting.fills_kv else setting.engine.kv_cache_bytes
         kv_cache_bytes = max(0, budget - largest) if setting.fills_kv and budget is not None else wanted
-    host = memory.host_bytes(model, pool.role, setting.weights.plain_bytes, has_gpu=budget is not None)
+    host_cache_bytes = setting.engine.host_cache_bytes if layout is not None else 0
+    host = memory.host_bytes(model, role, setting.weights.plain_bytes, has_gpu=budget is not None)
     return PoolSizing(
         role=pool.role,
         num_replicas=pool.num_replicas,
@@ -156,8 +163,9 @@ def size_pool(setting: Setting, pool: PoolConfig) -> PoolSizing:
         memory_bytes=budget,
         kv_layout=layout,
         kv_cache_bytes=kv_cache_bytes,
+        host_cache_bytes=host_cache_bytes,
         max_model_len=setting.max_model_len,
-        host_bytes=host + (largest + kv_cache_bytes if budget is None else 0),
+        host_bytes=host + host_cache_bytes + (largest + kv_cache_bytes if budget is None else 0),
         problem=_problem(setting, pool, ranks, budget, wanted),
     )
 
@@ -182,13 +190,12 @@ def _weights_of_ranks(
     return tuple(ranks)
 
 
-def _activations(setting: Setting, pool: PoolConfig) -> int:
+def _activations(setting: Setting, pool: PoolConfig, *, has_vision_experts: bool) -> int:
     number_bytes, vision = setting.weights.plain_bytes, setting.model.vision
     if pool.role == "vision":
         assert vision is not None
         patches = memory.num_patches(vision, setting.image_max_pixels, setting.video_frames)
         return memory.vision_activation_bytes(vision, patches, number_bytes)
-    has_vision_experts = pool.role != "decode"
     sizes = (pool.dims, number_bytes)
     step = memory.decoder_activation_bytes(setting.model, setting.engine, *sizes, has_vision_experts=has_vision_experts)
     if not setting.weights.is_quantised:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ernie_cluster.config.cluster import Role
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.pool import Role
 from ernie_cluster.policy.sizing import memory
 from ernie_cluster.policy.sizing.gpus import Gpu
 from ernie_cluster.policy.sizing.pools import Setting

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ernie_cluster.config.cluster import Role
 from ernie_cluster.config.model import ExpertPool, ModelConfig, TextConfig, VisionConfig
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.pool import Role
 from ernie_cluster.policy.sizing.formats import Kind, WeightFormat
 
 Part = Literal[

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from ernie_cluster.actors.gpu_ways import GpuWays
-from ernie_cluster.config.cluster import TransportConfig
+from ernie_cluster.config.transport import TransportConfig
 from ernie_cluster.transport.base import Channel, Message, PieceHeader, Reply
 from gpu_parts.bounds import Bounds
 from gpu_parts.report import Row

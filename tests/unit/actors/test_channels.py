@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from ernie_cluster.actors.channels import Channels
+from ernie_cluster.actors import channels as module
+from ernie_cluster.actors.channels import Channels, Receivers
+from ernie_cluster.config.transport import TransportConfig
 from ernie_cluster.errors import ReplicaLost, TransferFailed
 from ernie_cluster.transport.base import Channel, Message, Pack, PieceHeader
 from ernie_cluster.transport.choose import Choice, Endpoint, GpuEndpoint
+from tests.unit.transport.conformance import RecordingSink
 
 ME, PEER, OTHER = (Endpoint("host", f"shm:{name}:secret", name) for name in ("me", "peer", "other"))
 
@@ -116,3 +120,18 @@ def test_a_channel_that_is_made_while_all_are_closed_is_closed_too() -> None:
         with pytest.raises(ReplicaLost, match="closing"):
             late.result(10)
     assert [c.is_closed for c in channels.made] == [True]
+
+
+def test_bytes_that_do_not_come_are_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network between two nodes may be down while both live; a call that waited for ever would hold its thread's place."""
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.01)
+    receivers = Receivers(RecordingSink(), "me", TransportConfig(kind="object_store"))
+
+    async def scene() -> Message:
+        return await module.receive(receivers, {"kind": "piece"}, [asyncio.get_running_loop().create_future()])
+
+    try:
+        answer = asyncio.run(asyncio.wait_for(scene(), 10))
+    finally:
+        receivers.close()
+    assert answer == {"refused": "what was announced did not come within 0.01 s"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from ernie_cluster.actors import direct
 from ernie_cluster.actors.direct import Address, DirectPeer, DirectServer, RemoteFailure
 from ernie_cluster.errors import EngineFailed, Overloaded, ReplicaLost
+from ernie_cluster.transport import keepalive
+from ernie_cluster.transport.keepalive import SILENCE_S
 
 TIMEOUT_S = 60.0
 
@@ -31,9 +34,11 @@ class Rank:
     def __init__(self) -> None:
         self.begun: list[Any] = []
         self.gate = asyncio.Event()
+        self.has_begun = asyncio.Event()
 
     async def echo(self, value: Any) -> Any:
         self.begun.append(value)
+        self.has_begun.set()
         return value
 
     async def wait(self, value: Any) -> Any:
@@ -211,3 +216,58 @@ def test_a_crowd_of_strangers_is_turned_away(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_token_is_not_printed() -> None:
     assert "secret" not in repr(Address("h", 1, b"secret"))
+
+
+def test_a_caller_that_reads_no_answers_is_parted_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keepalive, "UNREAD_MS", 300)
+
+    async def work() -> None:
+        async with serving() as (rank, server, address):
+            peer = await DirectPeer.connect(address, "rank")
+            other = await DirectPeer.connect(address, "rank")
+            peer._writer.transport.pause_reading()  # type: ignore[attr-defined]
+            calls = [asyncio.create_task(peer.call("echo", np.zeros(4 << 20, np.uint8))) for _ in range(8)]
+            await rank.has_begun.wait()
+            await asyncio.gather(*server._work)  # each waits to be read
+            assert await other.call("echo", 1) == 1
+            await asyncio.gather(peer.close(), other.close())
+            for call in await asyncio.gather(*calls, return_exceptions=True):
+                assert isinstance(call, ReplicaLost)
+
+    run(work())
+
+
+def test_too_many_calls_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "MAX_CALLS", 2)
+
+    async def work() -> None:
+        async with serving() as (rank, _, address):
+            peer, other = await DirectPeer.connect(address, "rank"), await DirectPeer.connect(address, "rank")
+            waiting = [asyncio.create_task(peer.call("wait", i)) for i in range(2)]
+            await asyncio.sleep(0)  # they are sent
+            with pytest.raises(RemoteFailure) as refused:
+                await peer.call("echo", 1)
+            assert isinstance(refused.value.error, Overloaded)
+            assert await other.call("echo", 2) == 2
+            rank.gate.set()
+            assert await asyncio.gather(*waiting) == [0, 1]
+            assert await peer.call("echo", 3) == 3
+            await asyncio.gather(peer.close(), other.close())
+
+    run(work())
+
+
+def test_both_ends_notice_a_host_that_is_gone() -> None:
+    """Without it, a connection whose other end vanished without a word would stay for ever."""
+
+    async def scene() -> None:
+        async with serving() as (_, server, address):
+            peer = await DirectPeer.connect(address, "rank")
+            assert await peer.call("echo", 1) == 1
+            for writer in (peer._writer, *server._writers):
+                sock = writer.get_extra_info("socket")
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * SILENCE_S
+            await peer.close()
+
+    run(scene())

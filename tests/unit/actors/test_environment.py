@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from ernie_cluster.actors.environment import SETTINGS, local_cluster
+from ernie_cluster.actors.environment import local_cluster
+from ernie_cluster.config.environment import SETTINGS
 
 PORT_KEYS = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
 

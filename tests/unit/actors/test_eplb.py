@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ernie_cluster.actors.load_worker import rule_of
 from ernie_cluster.actors.messages import RankArgs
-from ernie_cluster.config.cluster import ClusterConfig, EplbConfig, ModelDeployment, PoolConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
 from ernie_cluster.config.experts import dealt
 from ernie_cluster.config.parallel import Shard
+from ernie_cluster.config.pool import EplbConfig, PoolConfig
 
 
 def args(eplb: EplbConfig) -> RankArgs:

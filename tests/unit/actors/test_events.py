@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -12,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ernie_cluster.actors import events
-from ernie_cluster.actors.events import CLIENT_TIMEOUT_S, EventHub
+from ernie_cluster.actors.events import CLIENT_TIMEOUT_S, EventHub, weight
 from ernie_cluster.actors.messages import Outcome
-from ernie_cluster.errors import EngineFailed
-from ernie_cluster.request import FinishReason, RequestFailed, TokenEvent
+from ernie_cluster.errors import EngineFailed, Evicted
+from ernie_cluster.request import FinishReason, RequestFailed, Span, TokenEvent, TokenLogprobs
 
 
 class Clock:
@@ -26,15 +27,12 @@ class Clock:
         return self.now_s
 
 
-@pytest.fixture(autouse=True)
-def _empty_polls_return_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "POLL_S", 0.0)
+def play(test: Callable[[EventHub, Clock], Coroutine[Any, Any, None]], idle_s: float = 0.0) -> None:
+    """Empty polls return at once, unless they shall not."""
 
-
-def play(test: Callable[[EventHub, Clock], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
         clock = Clock()
-        await test(EventHub(clock), clock)
+        await test(EventHub(clock, idle_s), clock)
 
     asyncio.run(run())
 
@@ -85,9 +83,7 @@ def test_each_outcome_arrives_once_and_in_order(steps: list[tuple[str, bool | No
     play(test)
 
 
-def test_poll_that_waits_is_answered_by_an_outcome_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "POLL_S", 30.0)
-
+def test_poll_that_waits_is_answered_by_an_outcome_from_another_thread() -> None:
     async def test(hub: EventHub, _: Clock) -> None:
         hub.open("a", "r")
         polling = asyncio.create_task(hub.poll("a", 0))
@@ -100,7 +96,7 @@ def test_poll_that_waits_is_answered_by_an_outcome_from_another_thread(monkeypat
             assert (await polling).outcomes == (event,)
         thread.join()
 
-    play(test)
+    play(test, idle_s=30.0)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +146,83 @@ def test_silent_client_loses_its_requests_and_no_other() -> None:
     play(test)
 
 
+OUTCOMES: list[Outcome] = [
+    TokenEvent("r" * 40, 0, (1,)),
+    TokenEvent(
+        "r", 0, (1 << 17,) * 100, spans=(Span("prefill", 1e9, 0.5, (("tokens", 1000), ("cached_tokens", 0))),) * 9
+    ),
+    TokenEvent("r", 0, (1,), logprobs=(TokenLogprobs(-0.25, tuple((100_000 + i, -1.5 * i) for i in range(20))),)),
+    RequestFailed("r", EngineFailed("broken " * 100)),
+]
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_an_outcome_weighs_no_less_than_its_pickle(outcome: Outcome) -> None:
+    assert len(pickle.dumps(outcome)) <= weight(outcome)
+
+
+def test_a_batch_is_bounded_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "BATCH_BYTES", 1000)
+
+    async def test(hub: EventHub, _: Clock) -> None:
+        client, sent = Client(hub, "a"), [TokenEvent("r", i, (7,)) for i in range(50)]
+        hub.open("a", "r")
+        await publish(hub, *sent)
+        total = sum(map(weight, sent))
+        assert hub.num_unread_bytes == total
+        await client.poll()
+        assert sum(map(weight, client.got)) < 1000 + weight(sent[0])
+        await client.poll(is_lost=True)
+        while len(client.got) < len(sent):
+            num_got = len(client.got)
+            await client.poll()
+            assert len(client.got) > num_got
+            assert sum(map(weight, client.got[num_got:])) < 1000 + weight(sent[0])
+        assert client.got == sent
+        await client.poll()
+        assert hub.num_unread_bytes == 0
+
+    play(test)
+
+
+def test_a_client_that_takes_less_than_comes_is_parted_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It polls, and never acknowledges."""
+    monkeypatch.setattr(events, "MAX_UNREAD_BYTES", 10_000)
+
+    async def test(hub: EventHub, _: Clock) -> None:
+        hub.open("a", "big")
+        hub.open("b", "small")
+        num_events = 0
+        while not (gone := hub.drop_silent()):
+            await publish(hub, TokenEvent("big", num_events, (1,)))
+            await hub.poll("a", 0)
+            num_events += 1
+        assert gone == ["big"]
+        assert num_events * weight(TokenEvent("big", 0, (1,))) <= 11_000
+        assert hub.num_unread_bytes == 0
+        assert hub.live_requests() == ["small"]
+
+    play(test)
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_client_that_was_given_up_is_told_so(is_back: bool) -> None:
+    """Else its requests would wait for outcomes until their deadlines."""
+
+    async def test(hub: EventHub, clock: Clock) -> None:
+        client = Client(hub, "a")
+        hub.open("a", "old")
+        await client.poll()
+        clock.now_s = CLIENT_TIMEOUT_S + 1
+        assert hub.drop_silent() == ["old"]
+        if is_back:
+            hub.open("a", "new")
+        with pytest.raises(Evicted, match="given up"):
+            await client.poll()
+
+    play(test)
+
+
 def test_client_that_comes_back_starts_anew() -> None:
     async def test(hub: EventHub, clock: Clock) -> None:
         client = Client(hub, "a")
@@ -164,5 +237,31 @@ def test_client_that_comes_back_starts_anew() -> None:
         await client.poll()
         await client.poll()
         assert client.got == [event]
+
+    play(test)
+
+
+def test_a_rank_that_ends_waits_until_clients_have_what_was_told_and_not_for_dead_ones() -> None:
+    async def test(hub: EventHub, clock: Clock) -> None:
+        hub.open("api-0", "a")
+        client = Client(hub, "api-0")
+        await client.poll()
+        await publish(hub, TokenEvent("a", 0, (1,), FinishReason.STOP))
+        flushing = asyncio.create_task(hub.flushed(5.0))
+        await client.poll(is_lost=True)
+        await asyncio.sleep(0)
+        assert not flushing.done()
+        await client.poll()
+        await client.poll()
+        await flushing
+        assert [outcome.request_id for outcome in client.got] == ["a"]
+        await publish(hub, TokenEvent("a", 0, (1,), FinishReason.STOP))
+        hub.open("api-0", "b")
+        await publish(hub, TokenEvent("b", 0, (1,), None))
+        flushing = asyncio.create_task(hub.flushed(5.0))
+        await asyncio.sleep(0)
+        assert not flushing.done()
+        clock.now_s += 5.0
+        await flushing
 
     play(test)

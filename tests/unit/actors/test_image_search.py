@@ -20,7 +20,8 @@ from ernie_cluster.actors.ingress import make_processor, make_searcher
 from ernie_cluster.builtin.base import Search
 from ernie_cluster.builtin.pictures import Shown
 from ernie_cluster.cli.main import main
-from ernie_cluster.config.cluster import ApiConfig, ClusterConfig
+from ernie_cluster.config.api import ApiConfig
+from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.presets import PRESETS
 from ernie_cluster.errors import ConfigError, EngineFailed

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from ernie_cluster.actors.ingress import face_browsers, make_grpc, make_guard, make_processor
-from ernie_cluster.config.cluster import ApiConfig, TlsConfig
+from ernie_cluster.config.api import ApiConfig, TlsConfig
 from ernie_cluster.config.kv_layout import KVLayout
 from ernie_cluster.config.presets import tiny_mixed
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.observe.metrics import InMemoryMetrics
 from tests.tiny import tiny_config, tiny_folder
 from tests.unit.api.client import Server
+from tests.unit.api.clusters import PREFILL, operated
 
 
 def sha256(key: str) -> str:
@@ -41,6 +42,29 @@ async def test_without_keys_all_is_open() -> None:
     server = Server(guard=make_guard(ApiConfig(), InMemoryMetrics()))
     assert (await server.chat()).status_code == 200
     assert (await server.get("/metrics")).status_code == 200
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize(
+    ("api", "status"),
+    [
+        (ApiConfig(), 200),
+        (ApiConfig(host="localhost"), 200),
+        (ApiConfig(host="0.0.0.0"), 403),
+        (ApiConfig(host="0.0.0.0", admin_key_sha256=sha256("root")), 200),
+        (ApiConfig(admin_key_sha256=sha256("other")), 401),
+        (ApiConfig(keys_file="/made/below.yaml"), 403),
+    ],
+)
+async def test_orders_are_taken_as_it_is_configured(api: ApiConfig, status: int, tmp_path: Path) -> None:
+    if api.keys_file is not None:
+        path = tmp_path / "keys.yaml"
+        path.write_text("[]", encoding="utf-8")
+        api = replace(api, keys_file=str(path))
+    server = Server(operated(), guard=make_guard(api, InMemoryMetrics()))
+    url = f"/admin/replicas/{PREFILL.replica}/drain"
+    assert (await server.post(url, b"", {"x-api-key": "root"})).status_code == status
 
 
 @pytest.mark.anyio

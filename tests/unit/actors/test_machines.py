@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import GetTimeoutError
 
 from ernie_cluster.actors import launch
-from ernie_cluster.config.cluster import GIB, ClusterConfig, EngineConfig, ModelDeployment, PoolConfig
+from ernie_cluster.config.api import ApiConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
+from ernie_cluster.config.engine import EngineConfig
+from ernie_cluster.config.pool import PoolConfig
+from ernie_cluster.config.units import GIB
 from ernie_cluster.errors import ConfigError
 from tests import tiny
 
@@ -92,3 +100,33 @@ def test_ranks_on_cpu_may_share_it(kv_placement: str) -> None:
 def test_what_ranks_cannot_do_on_gpus_is_refused(config: ClusterConfig, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         launch.check(config)
+
+
+def labelled(*labels: str) -> dict[str, Any]:
+    return node(8 * GIB) | {"Labels": dict(label.split("=") for label in labels)}
+
+
+def test_labels_that_no_node_has_are_named(machines: list[dict[str, Any]]) -> None:
+    pools = (PoolConfig("prefill", node_labels=("pool=prefill", "zone=a")), PoolConfig("decode"))
+    config = ClusterConfig((ModelDeployment("m", "/m", pools),), api=ApiConfig(node_labels=("front=yes",)))
+    machines += [labelled("pool=prefill", "zone=b"), labelled("zone=a"), labelled("front=yes") | {"Alive": False}]
+    api, prefill = ("the API and the router", ("front=yes",)), ("pool prefill of 'm'", ("pool=prefill", "zone=a"))
+    assert launch.unmatched_labels(config) == [api, prefill]
+    machines.append(labelled("front=yes", "more=1"))
+    assert launch.unmatched_labels(config) == [prefill]
+    machines.append(labelled("zone=a", "pool=prefill"))
+    assert launch.unmatched_labels(config) == []
+
+
+def test_a_router_without_a_node_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Absent:
+        replicas = status = SimpleNamespace(remote=lambda: None)
+
+    def never(ref: object, timeout: float) -> None:
+        assert timeout <= 5.0
+        raise GetTimeoutError
+
+    monkeypatch.setattr(launch.ray, "get", never)
+    config = ClusterConfig((ModelDeployment("m", "/m", (PoolConfig("mixed"),)),), api=ApiConfig(node_labels=("a=b",)))
+    with pytest.raises(ConfigError, match=r"not ready after 5 s: the router has not started; .* api.node_labels = a=b"):
+        launch._told_by(Absent, config, 5.0, time.monotonic() + 5.0)

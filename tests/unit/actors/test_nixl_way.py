@@ -15,7 +15,7 @@ import torch
 from ernie_cluster.actors import channels, nixl_way
 from ernie_cluster.actors.channels import Receivers, check_nixl, open_nixl, receive
 from ernie_cluster.actors.nixl_way import DirectTransport, NixlChannel, NixlWay
-from ernie_cluster.config.cluster import TransportConfig
+from ernie_cluster.config.transport import TransportConfig
 from ernie_cluster.errors import ConfigError, ReplicaLost, TransferFailed
 from ernie_cluster.transport.base import Message
 from tests.unit.transport.conformance import TIMEOUT_S, Connect, RecordingSink, TransportLaws, header, seen, send

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 
 from ernie_cluster.actors.queue import Queue
-from ernie_cluster.config.cluster import RouterConfig
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.errors import Aborted, ContextTooLong, Overloaded
 from ernie_cluster.policy.books import Books
+from ernie_cluster.policy.breakers import Breakers
+from ernie_cluster.policy.forecast import Forecasts
 from ernie_cluster.policy.routing import Path
-from ernie_cluster.policy.snapshot import Demand
+from ernie_cluster.policy.snapshot import Demand, Rates
 from ernie_cluster.policy.waiting import Ticket
 from tests.unit.policy.test_routing import M0
 
@@ -29,10 +32,13 @@ class Desk:
     def __init__(self, settled_s: float = 0.0, **limits: float) -> None:
         self.limits = replace(LIMITS, **limits)  # type: ignore[arg-type]
         self.books = Books(heartbeat_timeout_s=1e9)
-        self.queue = Queue(self.books, self.limits, settled_s)
+        self.queue = Queue(self.books, self.limits, Forecasts(self.limits), Breakers(self.limits), settled_s)
 
     def open(self) -> None:
         self.books.report(M0, now_s=0)
+
+    def ticket(self, key: str, demand: Demand) -> Ticket:
+        return Ticket.of(key, demand, frozenset(), self.limits, time.monotonic())
 
     def place(self, key: str, demand: Demand = BATCH) -> Coroutine[Any, Any, Path]:
         return self.queue.place(Ticket.of(key, demand, frozenset(), self.limits, asyncio.get_running_loop().time()), 60)
@@ -92,6 +98,25 @@ def test_waiting_ends_with_an_honest_word() -> None:
     asyncio.run(run())
 
 
+def test_who_cannot_make_it_is_told_at_once_and_holds_nobody_up() -> None:
+    async def run() -> None:
+        desk = Desk(max_wait_s=1e6)
+        desk.books.report(replace(M0, rates=Rates(token_s=1.0)), now_s=0)
+        await desk.place("r0")
+        late = asyncio.ensure_future(
+            desk.place("late", replace(BATCH, timeout_s=2999.0))
+        )  # the other's 1,500 s, then its
+        stays = asyncio.ensure_future(desk.place("stays", replace(BATCH, timeout_s=3100.0)))
+        with pytest.raises(Overloaded) as told:
+            await late
+        assert told.value.retry_after_s >= 2
+        assert not stays.done()
+        desk.books.release("r0")
+        await stays
+
+    asyncio.run(run())
+
+
 def test_a_full_room_and_what_never_fits_are_refused_at_once() -> None:
     async def run() -> None:
         desk = Desk(max_waiting=0)
@@ -112,5 +137,42 @@ def test_a_router_that_has_just_started_refuses_nobody() -> None:
         await waiting(desk, 1)
         desk.open()
         assert (await task).prefill == "m0"
+
+    asyncio.run(run())
+
+
+def test_who_knocks_is_told_what_he_would_be_told_and_takes_no_place() -> None:
+    async def run() -> None:
+        desk = Desk()
+        desk.open()
+        assert desk.queue.knock(desk.ticket("", WHOLE)) is None
+        await desk.place("r0")
+        refusal = desk.queue.knock(desk.ticket("", WHOLE))
+        assert refusal is not None
+        with pytest.raises(Overloaded) as told:
+            await desk.place("r1", WHOLE)
+        assert str(told.value) == refusal.reason
+        assert desk.queue.knock(desk.ticket("", BATCH)) is None, "it may wait"
+        desk.books.release("r0")
+        assert desk.queue.knock(desk.ticket("", WHOLE)) is None
+        assert desk.books.num_promises == 0
+
+    asyncio.run(run())
+
+
+def test_a_young_router_turns_nobody_away_who_knocks() -> None:
+    desk = Desk(settled_s=time.monotonic() + 60)
+    assert desk.queue.knock(desk.ticket("", WHOLE)) is None
+
+
+def test_who_cannot_be_served_in_time_is_told_at_once_and_one_with_more_time_is_served() -> None:
+    async def run() -> None:
+        desk = Desk()
+        desk.books.report(replace(M0, num_running=50, max_running=1), now_s=0)  # fifty answers of 32 steps of 20 ms
+        for demand in (WHOLE, BATCH):
+            with pytest.raises(Overloaded, match="left of its time"):
+                await desk.place("r0", replace(demand, timeout_s=20))
+        assert desk.books.num_promises == 0
+        assert (await desk.place("r0", replace(WHOLE, timeout_s=600))).ttft_s > 20
 
     asyncio.run(run())

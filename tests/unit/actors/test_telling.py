@@ -9,7 +9,7 @@ import pytest
 from ernie_cluster.actors import telling
 from ernie_cluster.actors.messages import Load, Told
 from ernie_cluster.actors.telling import Teller
-from ernie_cluster.config.cluster import RouterConfig
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.deltas import DeltaLog
 from ernie_cluster.errors import EngineFailed
 
@@ -24,7 +24,9 @@ class Rank:
         self.at: dict[float, Load] = {}
         monkeypatch.setattr(telling.time, "monotonic", lambda: self.now_s)
         monkeypatch.setattr(telling.asyncio, "sleep", self.pause)
-        self.teller = Teller(lambda: self.load, self.log.since, RouterConfig(snapshot_interval_s=0.125))
+        self.teller = Teller(
+            lambda: self.load, self.log.since, RouterConfig(snapshot_interval_s=0.125, heartbeat_timeout_s=4.0)
+        )
 
     async def pause(self, seconds: float) -> None:
         self.now_s += seconds

@@ -124,6 +124,11 @@ class Connection:
     def disconnect(self) -> None:
         self._inbox.put_nowait({"type": "http.disconnect"})
 
+    @property
+    def has_news(self) -> bool:
+        """A message has come that was not taken."""
+        return not self._outbox.empty()
+
     async def message(self) -> dict[str, Any]:
         """The next ASGI message."""
         return await self._outbox.get()

@@ -97,6 +97,28 @@ async def test_a_late_model_gives_to_the_other_where_the_client_allows_it() -> N
     assert response.json()["model"] == "424b"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (
+            "/v1/messages",
+            {
+                "max_tokens": 4,
+                "messages": [{"role": "user", "content": "hi"}],
+                "thinking": {"type": "enabled", "budget_tokens": 2},
+            },
+        ),
+        ("/v1/responses", {"max_output_tokens": 4, "input": "hi", "reasoning": {"effort": "high"}}),
+    ],
+)
+async def test_other_dialects_allow_it_too(path: str, body: dict[str, Any]) -> None:
+    house, auto, _ = server()
+    for allows, model in ((True, "28b"), (False, "424b")):
+        auto.saw("424b", 50.0)
+        response = await house.post(path, body | {"model": "ernie-auto", "allow_smaller_model": allows, "priority": 5})
+        assert response.json()["model"] == model, response.text
+
+
 async def test_the_alias_is_listed_with_what_both_can_hold() -> None:
     house, _, _ = server()
     async with house.client() as client:

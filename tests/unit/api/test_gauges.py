@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
 from ernie_cluster.api import gauges
 from ernie_cluster.api.backend import ReplicaLoad
 from ernie_cluster.api.gauges import ReplicaGauges
+from ernie_cluster.api.operator import ClusterView, DecisionView
 from ernie_cluster.config.experts import ExpertUse
 from ernie_cluster.errors import ReplicaLost
 from ernie_cluster.observe.metrics import InMemoryMetrics
 from tests.fakes import FakeBackend
 from tests.unit.api.client import Server
+from tests.unit.api.clusters import DECISIONS, PREFILL, VIEW
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -54,6 +57,9 @@ async def test_all_that_replicas_tell_is_shown() -> None:
         'ernie_waiting_tokens{model="m",replica="m/decode/1",role="decode"}': 0,
         'ernie_kv_blocks{model="m",replica="m/decode/1",state="used"}': 40,
         'ernie_kv_blocks{model="m",replica="m/decode/1",state="free"}': 60,
+        'ernie_budget{unit="GPUs"}': 0,
+        'ernie_budget_used{unit="GPUs"}': 0,
+        "ernie_open_promises": 0,
     }
 
 
@@ -106,3 +112,59 @@ async def test_the_route_shows_them() -> None:
     assert (
         'ernie_running_requests{model="m",replica="m/decode/1",role="decode"} 4' in (await server.get("/metrics")).text
     )
+
+
+async def look_at(view: ClusterView | Exception, watch: Watch) -> dict[str, float]:
+    watch.backend.cluster_news = view
+    return {key: value for key, value in (await watch.look()).items() if "actions" not in key}
+
+
+async def test_an_operators_view_is_shown() -> None:
+    assert await look_at(VIEW, Watch()) == {
+        'ernie_replicas{model="org/m",phase="ready",role="vision"}': 1,
+        'ernie_replicas{model="org/m",phase="ready",role="prefill"}': 1,
+        'ernie_replicas{model="org/m",phase="switching",role="decode"}': 1,
+        'ernie_replicas{model="org/m",phase="draining",role="decode"}': 1,
+        'ernie_replicas{model="org/m",phase="starting",role="decode"}': 1,
+        'ernie_replica_gpus{model="org/m",role="vision"}': 1,
+        'ernie_replica_gpus{model="org/m",role="prefill"}': 1,
+        'ernie_replica_gpus{model="org/m",role="decode"}': 4,
+        'ernie_needed_replicas{model="org/m",role="prefill"}': 2.3,
+        'ernie_needed_replicas{model="org/m",role="decode"}': 1.1,
+        'ernie_held_requests{model="org/m"}': 2,
+        'ernie_held_requests{model="asleep"}': 0,
+        'ernie_budget{unit="GPUs"}': 8,
+        'ernie_budget_used{unit="GPUs"}': 6,
+        "ernie_open_promises": VIEW.num_promises,
+    }
+
+
+async def test_replicas_that_have_begun_tell_when_and_how_long_they_are_silent() -> None:
+    begun = dataclasses.replace(PREFILL, started_s=1700.0, age_s=2.5)
+    seen = await look_at(dataclasses.replace(VIEW, replicas=(begun,)), Watch())
+    labels = f'{{model="{begun.model}",replica="{begun.replica}",role="{begun.role}"}}'
+    assert seen[f"ernie_replica_start_time_seconds{labels}"] == 1700.0
+    assert seen[f"ernie_replica_silence_seconds{labels}"] == 2.5
+
+
+async def test_replicas_that_left_a_phase_leave_a_zero_and_a_router_that_is_gone_leaves_nothing() -> None:
+    watch = Watch()
+    await look_at(VIEW, watch)
+    seen = await look_at(dataclasses.replace(VIEW, replicas=(PREFILL,)), watch)
+    assert {value for key, value in seen.items() if key.startswith("ernie_replicas{") and "prefill" not in key} == {0}
+    assert await look_at(ReplicaLost("the router is gone"), watch) == {"ernie_open_promises": 0}
+
+
+async def test_each_decision_is_counted_once_also_those_between_two_looks() -> None:
+    watch, older, newer = Watch(), DECISIONS[1:], DecisionView(1001.0, "org/m", "drain", (), "", "")
+    looks = [(older[:1], older), (older[:1], older), ([newer], [newer, *DECISIONS]), ([], [])]
+    for last, known in looks:
+        watch.backend.cluster_news = dataclasses.replace(VIEW, decisions=tuple(last))
+        watch.backend.decision_news = known
+        await watch.look()
+    counted = {key: value for key, value in shown(watch.metrics).items() if "actions" in key}
+    assert counted == {
+        'ernie_scaling_actions_total{action="drain",model="org/m"}': 2,
+        'ernie_scaling_actions_total{action="switch_role",model="org/m"}': 1,
+        'ernie_scaling_actions_total{action="note",model=""}': 1,
+    }

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from ernie_cluster.api import constraints
-from ernie_cluster.api.openapi import OPERATIONS, Operation, document
+from ernie_cluster.api.openapi import document
+from ernie_cluster.api.routes import OPERATIONS, Operation
 from tests.unit.api.client import Server
 
 FEW, MANY = 6, 300

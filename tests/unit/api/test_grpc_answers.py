@@ -25,9 +25,14 @@ ASK: dict[str, Any] = {
 async def test_whole() -> None:
     backend = FakeBackend(say("Hello"), num_cached_tokens=3)
     async with face(backend) as f:
-        call = f.stub.Chat(chat_request(), timeout=TIMEOUT_S, metadata=[("x-request-id", "mine")])
+        call = f.stub.Chat(
+            chat_request(),
+            timeout=TIMEOUT_S,
+            metadata=[("x-request-id", "mine"), ("traceparent", f"00-{'a' * 32}-{'b' * 16}-01")],
+        )
         answer = await call
         assert dict(await call.trailing_metadata())["x-request-id"] == "mine"
+        assert dict(await call.trailing_metadata())["traceparent"].startswith(f"00-{'a' * 32}-")
     (choice,) = answer.choices
     assert (choice.message.role, choice.message.text) == (pb.ROLE_ASSISTANT, "Hello")
     assert choice.finish_reason == pb.FINISH_REASON_STOP

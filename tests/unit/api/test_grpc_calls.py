@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from ernie_cluster.api.grpc_server import GrpcServer
 from ernie_cluster.api.http_service import create_app
 from ernie_cluster.api.limits import ApiLimits
-from ernie_cluster.config.cluster import ApiConfig
+from ernie_cluster.config.api import ApiConfig
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.observe.metrics import InMemoryMetrics
 from ernie_cluster.proto.v1 import inference_pb2 as pb

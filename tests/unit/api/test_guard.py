@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ernie_cluster.api.guard import ADMIN, OPEN, Guard
+from ernie_cluster.api.guard import ADMIN, OPEN, Guard, is_admin
 from ernie_cluster.api.image_search import ImageSearcher
 from ernie_cluster.api.keys import KeyRing
 from ernie_cluster.errors import Overloaded, ReplicaLost
@@ -24,9 +24,12 @@ from ernie_cluster.observe.metrics import InMemoryMetrics
 from ernie_cluster.request import GenerationRequest, MediaInput
 from tests.fakes import FakeBackend, FakeProcessor, say
 from tests.unit.api.client import CHAT_URL, Connection, Server, chat_body
+from tests.unit.api.clusters import PREFILL, operated
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
+LOOKS = {"/admin/status", "/admin/decisions"}
+DRAIN = f"/admin/replicas/{PREFILL.replica}/drain"
 PROMPT_TOKENS = len("<user>hi")
 ANSWER_TOKENS = len("Hello") + 1
 
@@ -106,10 +109,10 @@ async def test_every_route_but_the_open_ones_needs_a_key(house: House) -> None:
     paths = {route.path for route in house.server.app.routes}  # type: ignore[attr-defined]
     assert paths >= OPEN | ADMIN | {CHAT_URL}
     async with house.server.client() as client:
-        for path in (paths - OPEN - ADMIN) | {"/nothing"}:
+        for path in {path for path in paths - OPEN if not is_admin(path)} | {"/nothing", "/admin", "/administer"}:
             for method in ("GET", "POST", "DELETE", "HEAD"):
                 assert (await client.request(method, path)).status_code == 401, (method, path)
-        for path in OPEN | ADMIN:
+        for path in OPEN | ADMIN | LOOKS:
             assert (await client.get(path)).status_code == 200
     assert house.server.backend.requests == []
 
@@ -176,7 +179,7 @@ async def test_a_body_without_a_key_is_not_read(house: House) -> None:
     await connection.task
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/debug/experts"])
+@pytest.mark.parametrize("path", ["/metrics", "/debug/experts", *sorted(LOOKS)])
 async def test_operators_routes_take_the_admin_key_where_there_is_one(tmp_path: Path, path: str) -> None:
     server = House(tmp_path, admin_sha256=sha256("root")).server
     statuses = [
@@ -184,6 +187,36 @@ async def test_operators_routes_take_the_admin_key_where_there_is_one(tmp_path: 
     ]
     assert statuses == [200, 401, 401]
     assert (await server.get("/v1/models", {"authorization": "Bearer root"})).status_code == 401
+
+
+async def test_orders_take_the_admin_key_where_there_is_one(tmp_path: Path) -> None:
+    server = House(tmp_path, operated(), admin_sha256=sha256("root"), takes_keyless_orders=True).server
+    page = {"origin": "https://ops.example"}  # no foreign page has the key
+    asked = [{"x-api-key": "root"}, {"x-api-key": "root", **page}, {"x-api-key": "alice"}, {}]
+    assert [(await server.post(DRAIN, b"", headers)).status_code for headers in asked] == [200, 200, 401, 401]
+    assert (await server.post("/admin/replicas/none/drain", b"", {"x-api-key": "alice"})).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("takes_keyless_orders", "headers", "status", "words"),
+    [
+        (True, {}, 200, ""),
+        (True, {"origin": "http://evil.example"}, 403, "web pages"),
+        (True, {"origin": "null", "x-api-key": "alice"}, 403, "web pages"),
+        (False, {}, 403, "api.admin_key_sha256"),
+        (False, {"x-api-key": "alice"}, 403, "ernie-cluster key"),
+        (False, {"x-forwarded-for": "127.0.0.1", "host": "localhost"}, 403, "loopback"),
+    ],
+)
+async def test_without_an_admin_key_orders_come_from_this_machine_only(
+    takes_keyless_orders: bool, headers: dict[str, str], status: int, words: str, tmp_path: Path
+) -> None:
+    backend = operated()
+    server = House(tmp_path, backend, takes_keyless_orders=takes_keyless_orders).server
+    response = await server.post(DRAIN, b"", headers)
+    assert response.status_code == status
+    assert words in response.text
+    assert len(backend.orders) == (status == 200)
 
 
 async def test_without_a_file_everybody_comes_in() -> None:

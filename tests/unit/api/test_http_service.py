@@ -15,7 +15,7 @@ from ernie_cluster.config.experts import LayerExperts
 from ernie_cluster.errors import DeadlineExceeded, Overloaded, ReplicaLost
 from ernie_cluster.request import FinishReason, Span
 from tests.fakes import FakeBackend, Script, Step, bytes_of, say
-from tests.unit.api.client import COMPLETION_URL, Connection, Server, chat_body, events_of
+from tests.unit.api.client import CHAT_URL, COMPLETION_URL, Connection, Server, chat_body, events_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -282,6 +282,24 @@ async def test_deadline_of_the_api_itself() -> None:
     response = await Server(backend, limits=ApiLimits(request_timeout_s=0.05)).chat()
     assert response.status_code == 504
     assert len(backend.aborted) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "most_s", "status"), [("0.05", 60.0, 504), ("60", 0.05, 504), ("1e9", 60.0, 200), (None, 60.0, 200)]
+)
+async def test_deadline_that_a_request_brings(given: str | None, most_s: float, status: int) -> None:
+    backend = FakeBackend(say("Hello") if status == 200 else [asyncio.Event()])
+    server = Server(backend, limits=ApiLimits(request_timeout_s=most_s))
+    response = await server.post(CHAT_URL, chat_body(), {} if given is None else {"X-Request-Timeout": given})
+    assert response.status_code == status, response.text
+    assert backend.requests[0].timeout_s <= min(most_s, float(given or most_s))
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "soon", "", "1;2"])
+async def test_deadline_that_is_none(given: str) -> None:
+    response = await Server().post(CHAT_URL, chat_body(), {"X-Request-Timeout": given})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "x-request-timeout"
 
 
 async def test_too_many_in_flight() -> None:

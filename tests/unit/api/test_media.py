@@ -6,6 +6,7 @@ import pytest
 
 from ernie_cluster.api.media import Wanted, attach, is_inline, wanted_media
 from ernie_cluster.api.schemas import ChatBody, CompletionBody, parse_body
+from ernie_cluster.errors import Overloaded
 from ernie_cluster.request import GenerationRequest
 from tests.fakes import FakeProcessor
 from tests.unit.api.client import Server, chat_body
@@ -65,3 +66,30 @@ async def test_pictures_are_prepared_under_their_owners_salt() -> None:
     assert none == b""
     assert a == again != b
     assert len(b) == 32
+
+
+class Untouched(FakeProcessor):
+    """No chat comes as far as this."""
+
+    def chat(self, messages: list[dict[str, Any]], **given: Any) -> GenerationRequest:
+        raise AssertionError("a chat was prepared")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("url", [DATA, "http://a/"])
+async def test_whom_nobody_could_serve_is_refused_before_his_pictures_are_looked_at(url: str) -> None:
+    server = Server(processor=Untouched())
+    server.backend.closed_door = Overloaded("no place", retry_after_s=7.0)
+    messages = [{"role": "user", "content": [part("image", url)]}]
+    response = await server.chat(messages=messages, max_tokens=9, priority=3)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7"
+    assert server.backend.knocks == [("tiny", 9, 3)]
+
+
+@pytest.mark.anyio
+async def test_who_has_no_pictures_does_not_knock() -> None:
+    server = Server()
+    server.backend.closed_door = Overloaded("no place", retry_after_s=7.0)
+    assert (await server.chat()).status_code == 200
+    assert server.backend.knocks == []

@@ -14,13 +14,15 @@ from fastapi.routing import APIRoute
 from jsonschema import Draft202012Validator
 
 from ernie_cluster.api.backend import ModelStatus
-from ernie_cluster.api.guard import ADMIN, OPEN, Guard
+from ernie_cluster.api.guard import OPEN, Guard, is_admin
 from ernie_cluster.api.keys import KeyRing
-from ernie_cluster.api.openapi import MEANINGS, OPERATIONS, document
+from ernie_cluster.api.openapi import MEANINGS, document
+from ernie_cluster.api.routes import OPERATIONS
 from ernie_cluster.errors import Overloaded, ReplicaLost
 from ernie_cluster.observe.metrics import InMemoryMetrics
 from tests.fakes import FakeBackend, FakeProcessor, say
 from tests.unit.api.client import Server, chat_body
+from tests.unit.api.clusters import PREFILL, operated
 from tests.unit.api.hostile.row import Row
 from tests.unit.api.hostile.table import TABLE
 
@@ -78,7 +80,8 @@ def close(node: Any) -> None:
 
 
 def told(described: dict[str, Any], path: str, status: int = 200, media_type: str = "application/json") -> Any:
-    (operation,) = described["paths"][path].values()
+    operations = described["paths"][path]
+    operation = operations.get("get") or operations["post"]
     return operation["responses"][str(status)]["content"][media_type]
 
 
@@ -139,7 +142,7 @@ def test_routes_that_need_a_key_say_so(tmp_path: Path) -> None:
         )
         paths = document("1", guard.closes)["paths"]
         closed = {path for path, methods in paths.items() for o in methods.values() if o["security"]}
-        assert closed == paths.keys() - OPEN - (set() if admin else ADMIN)
+        assert closed == {path for path in paths.keys() - OPEN if admin or not is_admin(path)}
         assert {p for p, methods in paths.items() for o in methods.values() if "401" in o["responses"]} == closed
 
 
@@ -224,10 +227,18 @@ async def test_lookups(path: str, described: dict[str, Any]) -> None:
     assert faults(described, told(described, path)["schema"], response.json(), is_closed=True) == []
 
 
-@pytest.mark.parametrize("path", [o.path for o in OPERATIONS if o.body is None and o.answer is not str])
+@pytest.mark.parametrize("path", [o.path for o in OPERATIONS if o.method == "get" and o.answer is not str])
 async def test_looking_around(path: str, described: dict[str, Any]) -> None:
-    response = await Server().get(path.replace("{name}", "tiny"))
+    response = await Server(operated()).get(path.replace("{name}", "tiny"))
     assert faults(described, told(described, path)["schema"], response.json(), is_closed=True) == []
+
+
+@pytest.mark.parametrize("path", [o.path for o in OPERATIONS if o.is_order])
+@pytest.mark.parametrize(("replica", "status"), [(PREFILL.replica, 200), ("none", 404)])
+async def test_orders(path: str, replica: str, status: int, described: dict[str, Any]) -> None:
+    response = await Server(operated()).post(path.replace("{replica}", replica), {"role": "decode"})
+    assert response.status_code == status, response.text
+    assert faults(described, told(described, path, status)["schema"], response.json(), is_closed=True) == []
 
 
 @pytest.mark.parametrize("state", [[ModelStatus("tiny", False, "no decode")], ReplicaLost("gone")])

@@ -46,7 +46,7 @@ async def test_files_are_served_as_they_are(path: str, server: Server) -> None:
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == str(len(content))
     assert (known.status_code, known.content) == (304, b"")
-    own = {"date", "server", "x-request-id", "content-type", "content-length"}
+    own = {"date", "server", "x-request-id", "traceparent", "content-type", "content-length"}
     shared = [{k: v for k, v in r.headers.items() if k not in own} for r in (response, head, known)]
     assert shared[0] == shared[1] == shared[2]
     kinds = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}

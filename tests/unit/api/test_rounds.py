@@ -12,7 +12,7 @@ import pytest
 
 from ernie_cluster.api.limits import ApiLimits
 from ernie_cluster.builtin.registry import TOOLS
-from ernie_cluster.config.cluster import ApiConfig
+from ernie_cluster.config.api import ApiConfig
 from ernie_cluster.config.convert import build
 from ernie_cluster.errors import ConfigError, ContextTooLong, Overloaded
 from ernie_cluster.request import GenerationRequest, Span

@@ -15,7 +15,9 @@ from ernie_cluster.errors import (
     ContextTooLong,
     DeadlineExceeded,
     EngineFailed,
+    Forbidden,
     InvalidRequest,
+    OrderRefused,
     Overloaded,
     RateLimited,
     ReplicaError,
@@ -24,6 +26,7 @@ from ernie_cluster.errors import (
     TransferFailed,
     Unauthorized,
     UnknownModel,
+    UnknownReplica,
 )
 from ernie_cluster.observe.log import bind_request_id
 
@@ -33,7 +36,10 @@ from ernie_cluster.observe.log import bind_request_id
     [
         (InvalidRequest("bad", "n"), 400, "INVALID_ARGUMENT"),
         (Unauthorized("no key"), 401, "UNAUTHENTICATED"),
+        (Forbidden("not set"), 403, "PERMISSION_DENIED"),
         (UnknownModel("none"), 404, "NOT_FOUND"),
+        (UnknownReplica("none"), 404, "NOT_FOUND"),
+        (OrderRefused("no pool"), 409, "FAILED_PRECONDITION"),
         (ContextTooLong("long"), 400, "INVALID_ARGUMENT"),
         (Overloaded("full", 2.0), 429, "RESOURCE_EXHAUSTED"),
         (RateLimited("used up", 2.0), 429, "RESOURCE_EXHAUSTED"),

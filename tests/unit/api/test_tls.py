@@ -14,7 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from ernie_cluster.api.tls import Certificate
 from ernie_cluster.client import Client
-from ernie_cluster.config.cluster import TlsConfig
+from ernie_cluster.config.api import TlsConfig
 from ernie_cluster.errors import ConfigError, ReplicaError
 from tests.certificates import DAY, Authority
 from tests.unit.api.grpc_face import Face, face

@@ -54,3 +54,14 @@ async def test_the_loop_goes_on_while_a_thread_works() -> None:
     gate.set()  # only a free loop comes here
     assert await job
     workers.close()
+
+
+async def test_texts_do_not_wait_for_pictures() -> None:
+    gate, workers = threading.Event(), Workers(1, 16, num_media_threads=2)
+    giants = [asyncio.create_task(workers.run(gate.wait, has_media=True)) for _ in range(8)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        assert await workers.run(lambda: "text") == "text"
+    gate.set()
+    assert await asyncio.gather(*giants) == [True] * 8
+    workers.close()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ernie_cluster.cli.hub import local_folder, with_local_folders
+from ernie_cluster.cli.hub import cached_folder, local_folder, with_local_folders
 from ernie_cluster.config.presets import pocket, tiny
 from ernie_cluster.errors import CheckpointError
 
@@ -116,6 +116,16 @@ def test_a_repository_is_fetched_without_what_nobody_reads(hub: ThreadingHTTPSer
     assert (folder / "model.safetensors").read_bytes() == b"weightsa"
     assert len(said) == 1
     assert "owner/model" in said[0]
+
+
+def test_what_is_in_the_cache_is_found_without_asking(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    assert cached_folder("owner/model") == "owner/model"
+    assert cached_folder(str(tmp_path)) == str(tmp_path)
+    assert Hub.asked == []
+    folder = fetch("owner/model")
+    Hub.asked.clear()
+    assert cached_folder("owner/model") == str(folder)
+    assert Hub.asked == []
 
 
 def test_a_revision_is_another_folder(hub: ThreadingHTTPServer) -> None:

@@ -9,19 +9,16 @@ from typing import Any
 
 import pytest
 
-from ernie_cluster.config.cluster import (
-    ApiConfig,
-    ClusterConfig,
-    EngineConfig,
-    EplbConfig,
-    ModelDeployment,
-    PoolConfig,
-    RouterConfig,
-    TlsConfig,
-    TransportConfig,
-)
+from ernie_cluster.config.api import ApiConfig, TlsConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
+from ernie_cluster.config.emulate import EmulateConfig
+from ernie_cluster.config.engine import EngineConfig
+from ernie_cluster.config.pool import EplbConfig, PoolConfig
 from ernie_cluster.config.presets import PRESETS, ernie_28b_a3b, ernie_424b_a47b, tiny, tiny_mixed
 from ernie_cluster.config.quantization import METHODS
+from ernie_cluster.config.router import RouterConfig
+from ernie_cluster.config.transport import TransportConfig
 from ernie_cluster.errors import ConfigError, UnknownModel
 
 MIXED = PoolConfig("mixed")
@@ -37,12 +34,21 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
         (lambda: EngineConfig(block_size=0), "block_size = 0 must be at least 1"),
         (lambda: EngineConfig(kv_cache_bytes=0), "kv_cache_bytes = 0 must be at least 1"),
         (lambda: EngineConfig(num_threads=-1), "num_threads = -1 must be at least 0"),
+        (lambda: EngineConfig(host_cache_bytes=-1), "host_cache_bytes = -1 must be at least 0"),
+        (
+            lambda: EngineConfig(host_cache_bytes=9, enable_prefix_cache=False),
+            "host_cache_bytes = 9 with enable_prefix_cache = false: .* set host_cache_bytes to 0",
+        ),
         (lambda: EngineConfig(max_model_len=1), "max_model_len = 1 must be at least 2"),
         (lambda: EngineConfig(max_batch_tokens=8, max_num_seqs=9), "max_batch_tokens = 8 .* max_num_seqs = 9"),
+        (lambda: EmulateConfig(token_s=-0.1), "token_s = -0.1 must be at least 0"),
         (lambda: PoolConfig("mixed", num_replicas=0), "num_replicas = 0"),
         (lambda: PoolConfig("mixed", num_cpus=0), "num_cpus = 0 must be greater than 0"),
         (lambda: PoolConfig("mixed", num_cpus=math.nan), "num_cpus = nan"),
         (lambda: PoolConfig("mixed", num_gpus=2), "num_gpus = 2 must be between 0 and 1"),
+        (lambda: PoolConfig("mixed", node_labels=("gpu",)), "node_labels has 'gpu'; a label is key=value"),
+        (lambda: PoolConfig("mixed", node_labels=("a=1", "a=2")), "node_labels: key 'a' appears more than once"),
+        (lambda: ApiConfig(node_labels=("a==b",)), "node_labels has 'a==b'"),
         (lambda: PoolConfig("mixed", tp=0), "tp = 0 must be at least 1"),
         (lambda: PoolConfig("vision", tp=2), r"tp \* dp = 2 \* 1 = 2 must be 1"),
         (lambda: PoolConfig("mixed", eplb=EplbConfig(enabled=True)), r"eplb.enabled with tp \* dp = 1"),
@@ -63,7 +69,7 @@ def deployment(*pools: PoolConfig, name: str = "m", path: str = "/m", engine: En
         (lambda: TransportConfig(piece_bytes=9, staging_bytes=8), "staging_bytes = 8"),
         (lambda: RouterConfig(max_attempts=0), "max_attempts = 0"),
         (lambda: RouterConfig(retry_after_s=0), "retry_after_s = 0"),
-        (lambda: RouterConfig(snapshot_interval_s=5), "heartbeat_timeout_s = 5.0 must be more than"),
+        (lambda: RouterConfig(snapshot_interval_s=5), "heartbeat_timeout_s = 2.0 must be more than"),
         (lambda: RouterConfig(lease_timeout_s=2), "lease_timeout_s = 2 must be more than"),
         (lambda: TlsConfig("server.pem", "/k"), "certificate = 'server.pem' must be an absolute path"),
         (lambda: TlsConfig("/c", "", None), "key = '' must be an absolute path"),

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from ernie_cluster.config.cluster import ApiConfig, ClusterConfig, ModelDeployment, PoolConfig
+from ernie_cluster.config.api import ApiConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
 from ernie_cluster.config.image_search import ImageSearchConfig
 from ernie_cluster.config.load import dump_config, load_config
+from ernie_cluster.config.pool import PoolConfig
 from ernie_cluster.config.presets import tiny_mixed
 from ernie_cluster.errors import ConfigError
 

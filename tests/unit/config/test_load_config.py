@@ -9,18 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_cluster.config.cluster import (
-    ApiConfig,
-    ClusterConfig,
-    EngineConfig,
-    ModelDeployment,
-    PoolConfig,
-    RouterConfig,
-    TlsConfig,
-    TransportConfig,
-)
+from ernie_cluster.config.api import ApiConfig, TlsConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.config.load import dump_config, load_config
+from ernie_cluster.config.pool import PoolConfig
 from ernie_cluster.config.presets import PACKAGED, PRESETS
+from ernie_cluster.config.router import RouterConfig
+from ernie_cluster.config.transport import TransportConfig
 from ernie_cluster.errors import ConfigError
 
 COUNTS = st.integers(1, 2**40)

@@ -13,6 +13,7 @@ import torch
 from ernie_cluster.config.parallel import ParallelDims, Shard
 from ernie_cluster.engine.follower import Follower
 from ernie_cluster.engine.handover import Peers
+from ernie_cluster.engine.host_tier import HostMemory
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.slices import SliceOf
 from ernie_cluster.engine.worker import Worker
@@ -146,10 +147,17 @@ class Gang:
 
     def open_prefill(self, request: GenerationRequest, epoch: int, to: Gang) -> None:
         """Compute a prompt here and hand it over, as an actor would have it done."""
+        self.worker.open_prefill(request, epoch, *self._way(to))
+
+    def lend(self, request: GenerationRequest, epoch: int, to: Gang) -> None:
+        """Send what is cached here of a prompt."""
+        self.worker.lend(request, epoch, 1000, *self._way(to))
+
+    def _way(self, to: Gang) -> tuple[Channel, Peers]:
         targets = self.worker.sender.targets(len(to.kv_ranks))
         endpoints = tuple(Endpoint("here", None, name) for name in to.kv_ranks)
         first, *others = [self.network.to(f"{self._role}/0", to.kv_ranks[rank]) for rank in (0, *targets)]
-        self.worker.open_prefill(request, epoch, first, Peers(endpoints, dict(zip(targets, others, strict=True))))
+        return first, Peers(endpoints, dict(zip(targets, others, strict=True)))
 
     def _stop(self) -> None:
         self.worker.stop()
@@ -178,7 +186,11 @@ class Gang:
         else:
             part = SliceOf(config.text.num_kv_heads, rank, place.tp.size)
             follower = Follower(
-                runner.kv, part, self._settings.piece_bytes, lambda to: self.network.to(name, to.actor_name)
+                runner.kv,
+                part,
+                self._settings.piece_bytes,
+                lambda to: self.network.to(name, to.actor_name),
+                HostMemory(runner.kv.data, self._settings.host_blocks) if self._settings.host_blocks else None,
             )
             self.followers[rank] = follower
             self.network.listen(name, follower)

@@ -120,6 +120,19 @@ def test_a_prefill_whose_claim_is_never_answered_ends_with_its_lease() -> None:
     assert pair.prefill.snapshot().num_waiting == 0
 
 
+def test_an_attempt_whose_claim_and_lease_end_together_fails_once() -> None:
+    """Its prefix is awaited; that it is not any more makes the claim's failure known in the midst of the sweep."""
+    pair, request = Pair(), make_request(PROMPT, "a", max_tokens=6)
+    failures: list[Outcome] = []
+    pair.prefill._emit = pair.prefill._openings._emit = failures.extend
+    pair.prefill.open_prefill(request, 0, pair.channel, prefix_s=LEASE_S)
+    pair.now = LEASE_S
+    pair.channel.fail(TransferFailed("no reply within the timeout of the call"))
+    pair.prefill.sweep()
+    assert len(failures) == 1
+    assert pair.is_empty()
+
+
 def test_a_refused_claim_fails_the_attempt() -> None:
     pair = Pair()
     pair.prefill.open_prefill(make_request(PROMPT, "a"), 0, pair.channel)
@@ -231,6 +244,41 @@ def test_a_vision_replica_that_comes_after_all_was_done_is_told_that_nothing_is_
     pair.prefill.inbox.handle({"type": "claim", "request_id": "again", "epoch": 0}, replies.append)
     pair.pass_time(LEASE_S)
     assert len(replies) == 2
+
+
+@pytest.mark.parametrize("is_second_late", [False, True])
+def test_vision_replicas_share_the_pictures_of_a_prompt(is_second_late: bool) -> None:
+    """Each is told which of its own are wanted; where the prompt was done before it came, none are."""
+    pair = Pair(max_batch_tokens=32)
+    seen = make_request([make_image(1, (1, 4, 4)), *range(6)], "seen", max_tokens=1)
+    pair.prefill.open_prefill(seen, 0, None)
+    for piece in picture_pieces(seen, 0, 0, 4):
+        pair.prefill.inbox.accept(*piece)
+    pair.run()
+    images = [make_image(seed, (1, 4, 4)) for seed in (1, 2, 3)]
+    request = make_request([images[0], 0, 1, 2, 3, images[1], images[2], 7], "a", max_tokens=3)
+    replies: dict[str, list[Message]] = {"one": [], "two": [], "three": []}
+
+    def claim(who: str, *media: int) -> None:
+        message: Message = {"type": "claim", "request_id": "a", "epoch": 0, "media": list(media)}
+        pair.prefill.inbox.handle(message, replies[who].append)
+
+    claim("one", 0, 2)
+    if not is_second_late:
+        claim("two", 1)
+    assert not any(replies.values())
+    pair.prefill.open_prefill(request, 0, None)
+    claim("three", 1)
+    assert replies["one"] == [{"media": [2]}]
+    assert replies["three"] == [{"media": [1]}]
+    for index in (2, 1):
+        for piece in picture_pieces(request, index, 0, 4):
+            pair.prefill.inbox.accept(*piece)
+    pair.run()
+    assert pair.tokens("a") == answer(request)
+    claim("two", 0)
+    assert replies["two"][-1] == {"media": []}
+    assert pair.is_empty()
 
 
 # ---- failures

@@ -160,3 +160,19 @@ def test_the_log_tells_what_came_and_went() -> None:
     pool.free([block])
     pool.allocate(3)
     assert pool.log.since(told.version).removed_items == told.added_items
+
+
+def test_a_hold_is_void_once_a_block_of_it_was_given_up() -> None:
+    """And stays so whoever has the block then; who shares it may give up his share."""
+    pool = BlockPool(4, 4)
+    blocks = pool.allocate(2)
+    hold = pool.hold(blocks)
+    pool.publish(blocks[0], b"shared")
+    pool.share([b"shared"])
+    pool.free(blocks[:1])
+    assert hold.is_valid, "somebody holds it still, and nobody may write to it"
+    pool.free(blocks[:1])
+    assert not hold.is_valid
+    pool.share([b"shared"])
+    assert not hold.is_valid
+    assert pool.hold(blocks).is_valid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from ernie_cluster.engine.follower import Follower
 from ernie_cluster.engine.followers import Followers
+from ernie_cluster.engine.host_tier import HostMemory
 from ernie_cluster.engine.leases import Lease
 from ernie_cluster.engine.slices import EMBED_PIECE, KV_PIECE, SliceOf
-from ernie_cluster.errors import EngineFailed, ReplicaLost, TransferFailed
+from ernie_cluster.errors import EngineFailed, PeerSilent, ReplicaLost, TransferFailed
 from ernie_cluster.model.step import KVCache
 from ernie_cluster.transport.base import Message, PieceHeader
 from ernie_cluster.transport.choose import Endpoint
@@ -29,7 +31,8 @@ class Rank:
 
     def __init__(self) -> None:
         self.kv = KVCache(torch.zeros(LAYERS, 2, 8, BLOCK_SIZE, 1, 1))
-        self.follower = Follower(self.kv, SliceOf(2, 1, 2), 1 << 20, self._connect)
+        memory = HostMemory(self.kv.data, 2)
+        self.follower = Follower(self.kv, SliceOf(2, 1, 2), 1 << 20, self._connect, memory)
         self.orders, self.way = ManualChannel(self.follower), ManualChannel(self.follower)
         self.notes: list[Message] = []
         self.broken: list[EngineFailed] = []
@@ -124,6 +127,25 @@ def test_a_rank_that_cannot_be_told_of_a_lease_ends_the_gang() -> None:
     assert ["gone" in str(failure) for failure in rank.broken] == [True]
 
 
+def test_a_lease_waits_until_what_its_blocks_held_is_copied() -> None:
+    rank = Rank()
+    rank.kv.data[:, :, 2] = 3.0
+    rank.leader.copy("offload", [(1, 2)])
+    told = rank.leader.expect(lease())
+    rank.orders.deliver()
+    assert not told.done()
+    assert not rank.follower.is_idle
+    with pytest.raises(TransferFailed, match="attempt 0 has no lease"):
+        rank.accept(0, 0, 1, 1)
+    rank.leader.copy("restore", [(1, 6)])  # of another request, which the lease need not wait for
+    rank.step()
+    assert told.done()
+    rank.accept(0, 0, 1, 1)
+    rank.step()
+    assert (rank.kv.data[:, :, 6] == 3.0).all()
+    assert not (rank.kv.data[:, :, 2] == 3.0).any()
+
+
 # ---- sending
 
 
@@ -155,7 +177,7 @@ def test_a_hand_over_may_be_asked_to_settle_before_its_last_step_has_run() -> No
     assert settled.done()
 
 
-@pytest.mark.parametrize("error", [ReplicaLost("decode/1 is gone"), TransferFailed("refused")])
+@pytest.mark.parametrize("error", [ReplicaLost("decode/1 is gone"), PeerSilent("no reply"), TransferFailed("refused")])
 def test_a_hand_over_whose_piece_fails_settles_with_its_error(error: TransferFailed | ReplicaLost) -> None:
     rank = Rank()
     rank.reach().result(TIMEOUT_S)
@@ -203,6 +225,49 @@ def test_a_rank_that_is_out_of_reach_is_told(error: Exception) -> None:
     assert str(error.args[0]) in str(found)
     assert isinstance(found, ReplicaLost) is isinstance(error, ReplicaLost)
     assert rank.follower.is_idle
+
+
+def test_a_hand_over_that_is_dropped_while_the_other_side_is_being_reached_leaves_nothing() -> None:
+    """One rank could not reach its like, and the leader has given up before the others have."""
+    rank, calls = Rank(), list[Callable[[], None]]()
+    rank.follower._spawn = calls.append
+    reached = rank.reach()
+    rank.leader.drop("a", 0)
+    rank.step()
+    (reach,) = calls
+    reach()
+    assert reached.result(TIMEOUT_S) == [{}]
+    assert rank.follower.is_idle
+
+
+def test_what_was_given_up_is_not_read_any_more() -> None:
+    """Its blocks are the next one's; pieces that wait for their turn are not sent."""
+    rank = Rank()
+    rank.reach().result(TIMEOUT_S)
+    rank.notes.append({"push": ["a", 0, 0, [3]]})
+    rank.step()
+    pushed = [job.future for job in rank.way.jobs]
+    rank.leader.drop("a", 0)
+    rank.step()
+    rank.way.deliver_all()
+    assert pushed
+    assert all("attempt 0 was given up" in str(future.exception()) for future in pushed)
+
+
+def test_blocks_are_erased_in_the_order_in_which_the_leader_does_so() -> None:
+    """A lease waits for what is to become of its blocks first: else what has come for it would be erased."""
+    rank = Rank()
+    rank.leader.erase("poison", [2])
+    rank.leader.erase("clean", [2])
+    told = rank.leader.expect(lease())
+    rank.orders.deliver()
+    assert not told.done()
+    rank.step()
+    assert told.done()
+    assert not rank.kv.data[:, :, 2].any()
+    rank.leader.erase("poison", [2])
+    rank.step()
+    assert rank.kv.data[:, :, 2].isnan().all()
 
 
 def test_an_order_that_is_not_understood_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import jsonschema
@@ -13,13 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ernie_cluster.engine.grammar import Constraint
 from ernie_cluster.engine.sampler import SamplerRow, sample
+from ernie_cluster.engine.sequence import Sequence
 from ernie_cluster.engine.worker import Worker
 from ernie_cluster.errors import InvalidRequest
 from ernie_cluster.grammar import write
+from ernie_cluster.grammar.compile import Compiler
 from ernie_cluster.request import GenerationRequest, SamplingParams
 from tests.tiny import Outcomes, make_image, make_request, make_worker, run_mixed, tiny_config, tiny_tokenizer
-from tests.unit.engine.test_handover import Path
+from tests.unit.engine.test_handover import TIMEOUT_S, Path
 
 VOCAB = tiny_config().text.vocab_size
 EOS = 2
@@ -169,6 +173,9 @@ def test_chunked_equals_one_shot(expected: dict[str, list[int]]) -> None:
 
 def test_preemption_changes_nothing(expected: dict[str, list[int]]) -> None:
     worker, outcomes = make_worker(num_blocks=34, reserve_output_tokens=0, enable_prefix_cache=False)
+    answers(worker, outcomes, requests())  # grammars take a while to be read, and who has one begins later
+    outcomes.tokens.clear()
+    outcomes.reasons.clear()
     assert answers(worker, outcomes, requests()) == expected
     assert worker.engine.counters.preemptions > 0
 
@@ -186,6 +193,43 @@ def test_continuing_elsewhere_gives_the_same_tokens(expected: dict[str, list[int
 def test_three_workers_give_what_one_gives(expected: dict[str, list[int]]) -> None:
     with Path() as path:
         assert path.run(requests()) == expected
+
+
+def test_kv_that_comes_before_its_grammar_is_read_waits_for_it(expected: dict[str, list[int]]) -> None:
+    """As on a replica that has just started, whose first grammar takes a second."""
+    bound, free = requests()[0], requests()[2]
+    may_compile, has_come = threading.Event(), threading.Event()
+    with Path() as path:
+        engine = path.decode.engine
+        make, add = engine.grammars._make_compiler, engine.add
+        assert make is not None
+
+        def make_late() -> Compiler:
+            assert may_compile.wait(TIMEOUT_S)
+            return make()
+
+        def add_and_tell(sequence: Sequence) -> None:
+            add(sequence)
+            has_come.set()
+
+        engine.grammars._make_compiler = make_late
+        engine.add = add_and_tell  # type: ignore[method-assign]
+        path.decoded.tokens[bound.request_id] = [-1]
+        path.open(bound)
+        assert has_come.wait(TIMEOUT_S)
+        assert path.run([free]) == {free.request_id: expected[free.request_id]}, "many steps go by"
+        assert path.decoded.tokens[bound.request_id] == [-1]
+        may_compile.set()
+        path.decoded.wait_for([bound.request_id], TIMEOUT_S)
+        got = path.prefilled.tokens[bound.request_id] + path.decoded.tokens[bound.request_id][1:]
+    assert got == expected[bound.request_id]
+
+
+def test_a_grammar_that_fails_between_reaping_and_the_step_stops_nobody() -> None:
+    constraint = Constraint(make_worker()[0].engine.grammars._masks)
+    constraint.error = InvalidRequest("no such grammar")
+    constraint.is_ready = True
+    assert constraint.allowed() is None, "what is not bound by it is thrown away with the sequence"
 
 
 # ---- neighbours

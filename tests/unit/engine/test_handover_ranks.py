@@ -145,6 +145,19 @@ def test_prefixes_that_both_sides_hold_are_not_sent_again(expected: dict[str, li
         assert road.prefill.worker.snapshot().kv_bytes_sent - sent < sent / 2
 
 
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 2), (0, 2)])
+def test_each_rank_brings_its_own_heads_back(expected: dict[str, list[int]], prefill: int, decode: int) -> None:
+    with Road(prefill, decode, num_blocks=22, host_blocks=80) as road:
+        for i in range(2):
+            for request in requests():
+                again = dataclasses.replace(request, request_id=f"{i}-{request.request_id}")
+                assert road.run([again])[again.request_id] == expected[request.request_id]
+        for worker in (road.prefill.worker, road.decode.worker):
+            use = worker.snapshot().host_tier
+            assert use is not None
+            assert use.restored > 0
+
+
 # ---- mishaps
 
 

@@ -56,8 +56,11 @@ class HistoryMachine(RuleBasedStateMachine):
         budget=st.integers(3, 16),
         piece_blocks=st.integers(1, 4),
         has_cache=st.booleans(),
+        host_blocks=st.integers(0, 20),
     )
-    def start(self, num_blocks: int, block_size: int, budget: int, piece_blocks: int, has_cache: bool) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, budget: int, piece_blocks: int, has_cache: bool, host_blocks: int
+    ) -> None:
         self.now = 0.0
         self.clients: dict[str, Client] = {}
         self.workers: list[Worker] = []
@@ -70,6 +73,7 @@ class HistoryMachine(RuleBasedStateMachine):
                 max_batch_tokens=budget,
                 piece_bytes=2 * 8 * block_size * piece_blocks,
                 enable_prefix_cache=has_cache,
+                host_blocks=host_blocks,
                 lease_timeout_s=LEASE_S,
             )
             worker.engine.clock = lambda: self.now
@@ -107,16 +111,23 @@ class HistoryMachine(RuleBasedStateMachine):
         images=st.lists(st.integers(1, 2), max_size=2),
         path=st.sampled_from(PATHS),
         is_prefill_first=st.booleans(),
+        is_lent=st.booleans(),
     )
     def ask(
-        self, prompt: str, max_tokens: int, images: list[int], path: tuple[int, int | None], is_prefill_first: bool
+        self,
+        prompt: str,
+        max_tokens: int,
+        images: list[int],
+        path: tuple[int, int | None],
+        is_prefill_first: bool,
+        is_lent: bool,
     ) -> None:
         items: list[int | MediaInput] = [ord(letter) for letter in prompt]
         for seed in images:
             items.insert(seed, picture(seed, (1, 2, 2 * seed)))
         request = make_request(items, f"r{len(self.clients)}", max_tokens=max_tokens)
         client = self.clients[request.request_id] = Client(request, answer(request))
-        self.attempt(client, path, is_prefill_first)
+        self.attempt(client, path, is_prefill_first, is_lent)
 
     @precondition(lambda self: any(not c.is_over for c in self.clients.values()))
     @rule(
@@ -124,15 +135,21 @@ class HistoryMachine(RuleBasedStateMachine):
         path=st.sampled_from(PATHS),
         is_prefill_first=st.booleans(),
         is_aborted_first=st.booleans(),
+        is_lent=st.booleans(),
     )
     def ask_again(
-        self, data: st.DataObject, path: tuple[int, int | None], is_prefill_first: bool, is_aborted_first: bool
+        self,
+        data: st.DataObject,
+        path: tuple[int, int | None],
+        is_prefill_first: bool,
+        is_aborted_first: bool,
+        is_lent: bool,
     ) -> None:
         """Whether or not the attempt before has failed, or has been told that it is not wanted."""
         client = data.draw(st.sampled_from([c for c in self.clients.values() if not c.is_over]))
         if is_aborted_first:
             self.abort_everywhere(client)
-        self.attempt(client, path, is_prefill_first)
+        self.attempt(client, path, is_prefill_first, is_lent)
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
@@ -141,14 +158,21 @@ class HistoryMachine(RuleBasedStateMachine):
         client.is_over = True
         self.abort_everywhere(client)
 
-    def attempt(self, client: Client, path: tuple[int, int | None], is_prefill_first: bool) -> None:
+    def attempt(
+        self, client: Client, path: tuple[int, int | None], is_prefill_first: bool, is_lent: bool = False
+    ) -> None:
+        """With the prefix from the other worker, if it has one and that `is_lent`."""
         client.epoch, client.path, client.has_failed = client.epoch + 1, path, False
         prefill, decode = path
         request = dataclasses.replace(client.request, output_token_ids=client.so_far)
         channel = None if decode is None else self.channels[prefill]
-        calls = [lambda: self.workers[prefill].open_prefill(request, client.epoch, channel)]
+        prefix_s = LEASE_S / 4 if is_lent else 0.0
+        calls = [lambda: self.workers[prefill].open_prefill(request, client.epoch, channel, prefix_s=prefix_s)]
         if decode is not None:
             calls.insert(is_prefill_first, lambda: self.workers[decode].open_decode(request, client.epoch))
+        if is_lent:
+            other = 1 - prefill
+            calls.append(lambda: self.workers[other].lend(request, client.epoch, 99, self.channels[other]))
         try:
             for call in calls:
                 call()
@@ -269,7 +293,7 @@ class HistoryMachine(RuleBasedStateMachine):
                     break
                 self.abort_everywhere(client)
                 self.run_until_quiet()
-                self.attempt(client, PATHS[number % len(PATHS)], number % 2 == 0)
+                self.attempt(client, PATHS[number % len(PATHS)], number % 2 == 0, number % 3 == 0)
                 self.run_until_quiet()
             assert client.is_over
             self.abort_everywhere(client)  # where the first token was the last, a lease waits for nothing

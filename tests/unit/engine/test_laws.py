@@ -179,3 +179,22 @@ def test_prompt_without_its_picture_waits_and_holds_up_nobody() -> None:
     outcomes.drain()
     assert outcomes.reasons == {"text": "length"}
     assert worker.engine.sequences["blind"].num_computed == 2  # what stands before the picture is done already
+
+
+def test_a_chat_goes_on_from_its_answers(expected: dict[str, list[int]]) -> None:
+    """Blocks with tokens of an answer are found again, and say what computed ones say."""
+
+    def next_turn(request: GenerationRequest) -> GenerationRequest:
+        prompt, n = PROMPTS[int(request.request_id[-1])], request.request_id[-1]
+        return make_request([*prompt, *expected[request.request_id], 3, 4], f"turn-{n}", max_tokens=6)
+
+    turns = [next_turn(r) for r in requests()]
+    worker, outcomes = make_worker(max_batch_tokens=64)
+    answers(worker, outcomes, requests())
+    computed = worker.snapshot().prompt_tokens
+    answers(worker, outcomes, turns)
+    assert {t.request_id: outcomes.tokens[t.request_id] for t in turns} == answers(
+        *make_worker(max_batch_tokens=1024, enable_prefix_cache=False), turns
+    )
+    # of each the end: the token whose KV nobody needed, a part of a block, and what is new
+    assert worker.snapshot().prompt_tokens - computed <= len(turns) * (1 + tiny.BLOCK_SIZE - 1 + 2)

@@ -39,12 +39,15 @@ class LeaseMachine(RuleBasedStateMachine):
         num_tokens=st.integers(1, 20),
         reserve=st.integers(0, 8),
         keep_free=st.integers(0, 3),
+        within_s=st.sampled_from([3.0, 17.0, float("inf")]),
     )
-    def grant(self, request_id: str, epoch: int, num_tokens: int, reserve: int, keep_free: int) -> None:
-        old = self.live.get(request_id)
+    def grant(
+        self, request_id: str, epoch: int, num_tokens: int, reserve: int, keep_free: int, within_s: float
+    ) -> None:
+        old, until_s = self.live.get(request_id), self.now + within_s
 
         def ask() -> Lease:
-            return self.table.grant(request_id, epoch, num_tokens, [], reserve, self.now, keep_free)
+            return self.table.grant(request_id, epoch, num_tokens, [], reserve, self.now, keep_free, until_s)
 
         if -(-num_tokens // BLOCK_SIZE) > self.capacity:
             with pytest.raises(ContextTooLong):
@@ -64,7 +67,7 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         lease = ask()
         assert (lease.epoch, len(lease.blocks), lease.num_shared) == (epoch, wanted, 0)
-        self.live[request_id], self.deadlines[request_id] = lease, self.now + TIMEOUT_S
+        self.live[request_id], self.deadlines[request_id] = lease, min(self.now + TIMEOUT_S, until_s)
 
     @rule(request_id=st.sampled_from("abc"), epoch=st.integers(0, 3))
     def find(self, request_id: str, epoch: int) -> None:
@@ -102,7 +105,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def renew(self, request_id: str) -> None:
         self.table.renew(request_id, self.now)
         if request_id in self.live:
-            self.deadlines[request_id] = self.now + TIMEOUT_S
+            self.deadlines[request_id] = min(self.now + TIMEOUT_S, self.live[request_id].until_s)
 
     @rule(seconds=st.sampled_from([1.0, 4.0, 10.0]))
     def pass_time_and_sweep(self, seconds: float) -> None:
@@ -170,6 +173,18 @@ def test_a_prompt_larger_than_the_cache_is_the_clients_fault_not_a_matter_of_wai
 
 def test_the_reserve_never_asks_for_more_than_there_is() -> None:
     assert len(make_table().grant("a", 0, 30, [], 100, 0.0).blocks) == 8
+
+
+def test_a_lease_that_is_kept_alive_for_ever_ends_with_its_request() -> None:
+    """Whoever should have ended it has forgotten to, and renews it with the others."""
+    table = make_table()
+    table.grant("a", 0, 8, [], 0, 0.0, until_s=25.0)
+    for now in range(0, 25, 5):
+        table.renew("a", float(now))
+        assert table.sweep(float(now)) == []
+    table.renew("a", 24.0)
+    assert table.sweep(25.0) == ["a"]
+    assert table.pool.num_used == 0
 
 
 def test_blocks_that_other_ranks_write_into_are_free_when_those_have_forgotten_the_lease() -> None:

@@ -111,16 +111,47 @@ def test_rows_of_a_picture_count_once() -> None:
     request = make_request([7, make_image(1, (1, 4, 4)), 8], "a", max_tokens=3)
     pair.prefill.open_prefill(request, 0, None)
     pieces = picture_pieces(request, 0, 0, 2)
-    pair.prefill.inbox.accept(*pieces[0])
-    with pytest.raises(TransferFailed, match="rows from 0 of picture 0 came twice"):
+    for _ in range(2):
         pair.prefill.inbox.accept(*pieces[0])
     pair.run()
     assert pair.prefill.engine.sequences["a"].num_computed == 2
-    pair.prefill.inbox.accept(*pieces[1])
-    with pytest.raises(TransferFailed, match="rows from 2 of picture 0 came twice"):
-        pair.prefill.inbox.accept(*pieces[1])
+    for piece in (pieces[1], *pieces):
+        pair.prefill.inbox.accept(*piece)
+    assert not pair.prefill.engine.sequences["a"].arriving
     pair.run()
     assert pair.tokens("a") == answer(request)
+    assert pair.is_empty()
+
+
+@pytest.mark.parametrize("is_opened", [True, False])
+def test_two_vision_replicas_may_bring_the_same_picture(is_opened: bool) -> None:
+    """Both are told that it is wanted, as long as it is not there; rows are taken from whoever brings them first."""
+    pair = Pair()
+    request = make_request([7, make_image(1, (1, 4, 4)), 8], "a", max_tokens=3)
+    replies: list[Message] = []
+
+    def claim() -> None:
+        pair.prefill.inbox.handle({"type": "claim", "request_id": "a", "epoch": 0, "media": [0]}, replies.append)
+
+    if is_opened:
+        pair.prefill.open_prefill(request, 0, None)
+    claim()
+    claim()
+    if not is_opened:
+        assert not replies
+        pair.prefill.open_prefill(request, 0, None)
+    assert replies == [{"media": [0]}] * 2
+    slow, fast = picture_pieces(request, 0, 0, 3), picture_pieces(request, 0, 0, 2)
+    for piece in (slow[0], *fast):
+        pair.prefill.inbox.accept(*piece)
+    claim()
+    assert replies[2:] == [{"media": []}]
+    pair.prefill.inbox.accept(*slow[1])
+    pair.run()
+    assert pair.tokens("a") == answer(request)
+    with pytest.raises(TransferFailed, match="no prompt waits"):
+        pair.prefill.inbox.accept(*slow[1])
+    assert pair.is_empty()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def watch(worker: Worker) -> list[Schedule]:
         schedule = decide()
         sequences = [*schedule.decodes, *(s for s, _ in schedule.chunks)]
         assert schedule.num_tokens <= scheduler.max_batch_tokens
-        assert len(sequences) <= scheduler.max_num_seqs
+        assert len(scheduler.running) <= scheduler.max_num_seqs
         assert len(set(sequences)) == len(sequences)
         for sequence in sequences:
             assert sequence.status is Status.RUNNING

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ernie_cluster.config.cluster import EngineConfig
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.policy.demand import demand_of
-from tests.tiny import make_image, make_request
+from tests.tiny import make_image, make_request, make_worker
 from tests.unit.engine.toy import embed, toy_worker
 
 BLOCK_SIZE = 4
@@ -39,3 +39,13 @@ def test_a_worker_measures_prompts_and_answers_apart() -> None:
     while worker.engine.step():
         pass
     assert worker.snapshot().writing is not None
+
+
+def test_warming_up_gives_a_first_pace() -> None:
+    worker, _ = make_worker()
+    worker.warm_up()
+    now = worker.snapshot()
+    assert now.reading is not None
+    assert now.writing is not None
+    assert now.free_blocks == now.total_blocks
+    assert now.prompt_tokens == 0, "nobody asked for it"

@@ -194,8 +194,12 @@ class ManualChannel:
         """The next piece seems lost to the sender, but is on its way still."""
         job = self.jobs[0]
         assert job.header is not None
-        self.held.append((job.header, self._packed(job)))
-        self.fail(TransferFailed("held up"))
+        try:
+            self.held.append((job.header, self._packed(job)))
+        except TransferFailed as e:  # its blocks are others' by now
+            self.fail(e)
+        else:
+            self.fail(TransferFailed("held up"))
 
     def arrive_late(self) -> None:
         """A piece that was held up arrives; raises TransferFailed when it is refused."""

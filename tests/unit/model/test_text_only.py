@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from ernie_cluster.cli.tiny_tokenizer import tokenizer_config, train_tokenizer
-from ernie_cluster.config.cluster import ModelDeployment, PoolConfig
+from ernie_cluster.config.deployment import ModelDeployment
 from ernie_cluster.config.model import ModelConfig
+from ernie_cluster.config.pool import PoolConfig
 from ernie_cluster.engine.runner import Runner
 from ernie_cluster.engine.worker import Worker, WorkerSettings
 from ernie_cluster.errors import ConfigError, InvalidRequest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -12,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_cluster.observe.log import LineFormatter, bind_caller, bind_request_id, bound_request_id, setup_logging
+from ernie_cluster.observe.log import (
+    JsonFormatter,
+    LineFormatter,
+    bind_caller,
+    bind_request_id,
+    bound_request_id,
+    setup_logging,
+)
+from ernie_cluster.observe.trace_context import TraceContext, bind_trace
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +102,45 @@ def test_calling_again_replaces_the_setup() -> None:
 def test_an_unknown_level_is_named() -> None:
     with pytest.raises(ValueError, match="'LOUD' must be one of DEBUG, INFO, WARNING, ERROR"):
         setup_logging("LOUD")
+
+
+def test_a_json_line_has_all_that_is_known() -> None:
+    stream = io.StringIO()
+    log = setup_logging("INFO", stream, "json")
+    with bind_request_id("req-1"), bind_caller("alice"), bind_trace(TraceContext("ab" * 16, "cd" * 8)):
+        log.warning("took %d blocks", 3)
+    log.info("outside")
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
+    assert first == {
+        "level": "WARNING",
+        "logger": "ernie_cluster",
+        "message": "took 3 blocks",
+        "request_id": "req-1",
+        "caller": "alice",
+        "trace_id": "ab" * 16,
+    }
+    assert second.keys() == {"time", "level", "logger", "message"}
+
+
+@given(st.text())
+def test_json_keeps_every_message_whole_and_on_its_line(message: str) -> None:
+    record = logging.LogRecord("n", logging.INFO, "f", 1, "%s", (message,), None)
+    (line,) = JsonFormatter().format(record).splitlines()
+    assert json.loads(line)["message"] == message
+
+
+def test_json_has_the_traceback_in_a_field() -> None:
+    stream = io.StringIO()
+    log = setup_logging("INFO", stream, "json")
+    try:
+        raise ValueError("first\nsecond")
+    except ValueError:
+        log.exception("failed")
+    (line,) = stream.getvalue().splitlines()
+    assert json.loads(line)["exception"].endswith("ValueError: first\nsecond")
+
+
+def test_an_unknown_format_is_named() -> None:
+    with pytest.raises(ValueError, match="'xml' must be one of text, json"):
+        setup_logging("INFO", form="xml")

@@ -104,7 +104,7 @@ def test_replacing_forgets_what_is_gone_and_nothing_else(metrics: Metrics) -> No
     ("name", "values"),
     [
         ("ernie_open_promises", {}),
-        ("ernie_preemptions_total", {("m", "r"): 1.0}),
+        ("ernie_request_retries_total", {("m", "r"): 1.0}),
         ("ernie_ready_replicas", {("m",): 1.0}),
     ],
 )

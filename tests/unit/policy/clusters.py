@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ernie_cluster.config.scaling import ModelBounds, PoolBounds, PoolRole, ScalingConfig, Targets
+from ernie_cluster.config.pool import Role
+from ernie_cluster.config.scaling import ModelBounds, PoolBounds, ScalingConfig, ScalingPace, Targets
 from ernie_cluster.policy.scaling.actions import (
     Action,
     MoveGpus,
@@ -18,7 +19,8 @@ from ernie_cluster.policy.scaling.actions import (
 )
 from ernie_cluster.policy.scaling.decide import Decision, decide
 from ernie_cluster.policy.scaling.memory import Memory
-from ernie_cluster.policy.scaling.snapshot import ModelState, ReplicaState, ScalingSnapshot, StageStats, Sums
+from ernie_cluster.policy.scaling.snapshot import ModelState, ReplicaState, ScalingSnapshot, StageStats
+from ernie_cluster.sums import Sums
 
 TARGETS = Targets(ttft_s=2.0, tpot_s=0.05, queue_s=1.0)
 PROMPTS = Sums.of((500.0, 0.05), (1500.0, 0.15))
@@ -54,13 +56,13 @@ def loaded(
 
 
 def bounds(
-    name: str, roles: Sequence[PoolRole] = ("prefill", "decode", "mixed"), gpus: float = 1.0, **fields: object
+    name: str, roles: Sequence[Role] = ("prefill", "decode", "mixed"), gpus: float = 1.0, **fields: object
 ) -> ModelBounds:
     return ModelBounds(name, tuple(PoolBounds(r, gpus) for r in roles), TARGETS, **fields)  # type: ignore[arg-type]
 
 
 def config(*models: ModelBounds, total_gpus: float = 8.0) -> ScalingConfig:
-    return ScalingConfig(models, total_gpus, settle_s=5.0, down_delay_s=10.0, memory_s=20.0)
+    return ScalingConfig(models, total_gpus, ScalingPace(settle_s=5.0, down_delay_s=10.0, memory_s=20.0))
 
 
 def applied(state: ModelState, actions: Sequence[Action], limits: ScalingConfig) -> ModelState:
@@ -86,7 +88,7 @@ def applied(state: ModelState, actions: Sequence[Action], limits: ScalingConfig)
     return replace(state, replicas=tuple(there.values()))
 
 
-def _started(action: MoveGpus | ScaleOut | WakeUp) -> tuple[PoolRole, ...]:
+def _started(action: MoveGpus | ScaleOut | WakeUp) -> tuple[Role, ...]:
     if isinstance(action, WakeUp):
         return action.roles
     return (action.role,) * (action.count if isinstance(action, ScaleOut) else 1)

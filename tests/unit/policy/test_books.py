@@ -132,7 +132,7 @@ def depth(made: Books, chain: list[int], replica_id: str = "decode-0", now_s: fl
     """How many leading links of a chain a replica is thought to hold."""
     fleet = made.fleet(now_s)
     member = fleet.member(replica_id)
-    return 0 if member is None else fleet.holders.depth(chain, member.slot)
+    return 0 if member is None else fleet.holders.trail(chain).depth(member.slot)
 
 
 def test_caches_are_known_from_what_replicas_tell() -> None:
@@ -145,6 +145,42 @@ def test_caches_are_known_from_what_replicas_tell() -> None:
     log.remove(3)
     made.cached("decode-0", log.since(made.seen("decode-0")))
     assert (made.seen("decode-0"), depth(made, [1, 2, 3, 4])) == (4, 2)
+
+
+FORGET_S = 5 * HEARTBEAT_S
+
+
+def test_who_is_silent_is_suspected_long_before_it_is_forgotten() -> None:
+    """With its cache and its promises; its next snapshot clears it."""
+    made = Books(HEARTBEAT_S, FORGET_S)
+    for snapshot in (PREFILL, DECODE):
+        made.report(snapshot, now_s=0.0)
+    made.cached("decode-0", Delta(None, 7, b"\1" + bytes(7)))
+    made.report(PREFILL, now_s=1.0)
+    assert made.suspects(HEARTBEAT_S) == set()
+    assert made.suspects(HEARTBEAT_S + 0.1) == {"decode-0"}
+    made.check()
+    assert len(made.view(HEARTBEAT_S + 0.1)) == 2
+    made.report(DECODE, now_s=FORGET_S - 0.1)
+    assert made.suspects(FORGET_S - 0.1) == {"prefill-0"}
+    assert made.seen("decode-0") == 7
+    assert [s.replica_id for s in made.view(FORGET_S + 1.1)] == ["decode-0"]
+    assert made.suspects(FORGET_S + 1.1) == set()
+    made.check()
+
+
+def test_who_could_not_be_reached_is_suspected_until_it_tells_something() -> None:
+    made = books(PREFILL, DECODE)
+    made.suspect("decode-0")
+    made.suspect("nobody")
+    assert made.suspects(0.1) == {"decode-0"}
+    made.check()
+    made.report(DECODE, now_s=0.2)
+    assert made.suspects(0.2) == set()
+    made.suspect("decode-0")
+    made.forget("decode-0")
+    assert made.suspects(0.3) == set()
+    made.check()
 
 
 def test_a_delta_that_does_not_go_on_from_here_changes_nothing() -> None:
@@ -194,7 +230,7 @@ class BooksMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
-        self.books = Books(HEARTBEAT_S)
+        self.books = Books(HEARTBEAT_S, FORGET_S)
         self.asked: dict[str, int] = {}  # promised, not yet leased by the replica
         self.leased: dict[str, int] = {}
         self.count = 0
@@ -243,6 +279,10 @@ class BooksMachine(RuleBasedStateMachine):
     def lose_contact(self) -> None:
         self.books.forget("decode-0")
 
+    @rule()
+    def suspect(self) -> None:
+        self.books.suspect("decode-0")
+
     @invariant()
     def never_promises_more_than_there_is(self) -> None:
         assert sum(self.asked.values()) + sum(self.leased.values()) <= 20
@@ -252,7 +292,8 @@ class BooksMachine(RuleBasedStateMachine):
         self.books.check()
         for replica in self.books.view(self.now_s):
             assert 0 <= replica.free_blocks <= 20
-            assert replica.age_s <= HEARTBEAT_S
+            assert replica.age_s <= FORGET_S
+            assert replica.age_s <= HEARTBEAT_S or replica.replica_id in self.books.suspects(self.now_s)
 
 
 TestBooks = BooksMachine.TestCase

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ernie_cluster.config.auto_model import AutoModelConfig
-from ernie_cluster.config.cluster import ClusterConfig, ModelDeployment, PoolConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
+from ernie_cluster.config.pool import PoolConfig
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.policy.choice import Errand, choose_model
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ernie_cluster.config.cluster import EngineConfig
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.deltas import short_hash
 from ernie_cluster.policy.demand import demand_of, demand_of_picture
 from ernie_cluster.policy.snapshot import Picture

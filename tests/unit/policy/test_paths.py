@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_cluster.config.cluster import RouterConfig
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.deltas import DeltaLog
 from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.books import Books
@@ -135,8 +135,8 @@ def test_nobody_starves_while_others_have_room(num_replicas: int, sizes: list[in
         ({"p1": CHAIN[:3]}, 0, "p1", "prefix"),
         ({"p0": CHAIN[:3], "p1": CHAIN[:4]}, 0, "p1", "prefix"),
         ({"p1": (1, 2, 3)}, 0, "p0", "load"),  # another prompt
-        ({"p1": CHAIN[:3]}, 40, "p1", "prefix"),  # a queue shorter than what the cache saves
-        ({"p1": CHAIN[:3]}, 50, "p0", "load"),  # and longer
+        ({"p1": CHAIN[:3]}, 90, "p1", "prefix"),  # a queue shorter than what the cache saves, for the next one as well
+        ({"p1": CHAIN[:3]}, 100, "p0", "load"),  # and longer
     ],
 )
 def test_a_cached_prefix_attracts(caches: dict[str, tuple[int, ...]], waiting: int, chosen: str, kind: str) -> None:

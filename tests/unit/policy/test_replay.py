@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from ernie_cluster.config.cluster import RouterConfig
-from ernie_cluster.config.scaling import ModelBounds, PoolBounds, ScalingConfig, Targets
+from ernie_cluster.config.router import RouterConfig
+from ernie_cluster.config.scaling import ModelBounds, PoolBounds, ScalingConfig, ScalingPace, Targets
 from ernie_cluster.policy.replay.machine import Costs, Job
 from ernie_cluster.policy.replay.replay import Fleet, Replay, Result
 from ernie_cluster.policy.replay.routes import LeastLoaded, PolicyRoute
@@ -117,7 +117,7 @@ def test_a_sleeping_model_wakes_and_serves_all_who_waited() -> None:
 
 def test_gpus_move_to_the_model_that_needs_them() -> None:
     pools = (PoolBounds("prefill", 1.0), PoolBounds("decode", 1.0))
-    config = ScalingConfig(tuple(ModelBounds(n, pools, TARGETS) for n in ("m", "n")), 8.0, memory_s=10.0)
+    config = ScalingConfig(tuple(ModelBounds(n, pools, TARGETS) for n in ("m", "n")), 8.0, ScalingPace(memory_s=10.0))
     first = list(jobs_of([LoadPhase(100, 1.0, 300, 20)], 1))
     second = list(jobs_of([LoadPhase(20, 1.0, 300, 20, model="n"), LoadPhase(80, 16.0, 1000, 20, model="n")], 2))
     result = replay(config, is_scaling=True).run(merged(first, second), {n: {"prefill": 2, "decode": 2} for n in "mn"})

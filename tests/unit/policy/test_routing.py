@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie_cluster.config.cluster import Role, RouterConfig
+from ernie_cluster.config.pool import Role
+from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.errors import ContextTooLong, Overloaded
 from ernie_cluster.policy.admission import Need, Refusal, blocks_for, never_fits
 from ernie_cluster.policy.books import Books

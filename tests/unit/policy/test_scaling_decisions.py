@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from ernie_cluster.config.pool import Role
 from ernie_cluster.config.scaling import ModelBounds, PoolBounds, ScalingConfig, Targets
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.policy.scaling.actions import (
@@ -23,7 +24,7 @@ from ernie_cluster.policy.scaling.memory import Memory
 from ernie_cluster.policy.scaling.snapshot import ModelState, ReplicaState, ScalingSnapshot, StageStats
 from tests.unit.policy.clusters import bounds, config, loaded, replicas, run
 
-SPLIT = ("prefill", "decode")
+SPLIT: tuple[Role, ...] = ("prefill", "decode")
 
 
 def actions_of(limits: ScalingConfig, *states: ModelState) -> tuple[Action, ...]:
@@ -106,7 +107,7 @@ def test_less_only_after_long_enough() -> None:
     limits = config(bounds("m", SPLIT), total_gpus=8)
     _, log, _ = run({"m": loaded("m", replicas(prefill=4, decode=4), 0.8, 0.8)}, limits, 60)
     first, action = log[0]
-    assert first >= limits.down_delay_s
+    assert first >= limits.pace.down_delay_s
     assert isinstance(action, ScaleIn)
 
 
@@ -148,6 +149,35 @@ def test_who_sleeps_is_woken_whole_even_where_a_role_is_missing() -> None:
     assert (woken["b"].count("prefill"), woken["b"].count("decode")) == (1, 1)
 
 
+def test_who_is_woken_by_moves_gets_eyes_for_pictures_that_wait() -> None:
+    limits = config(bounds("a", SPLIT), bounds("b", ("vision", "mixed"), floor=0, idle_to_zero_s=30.0), total_gpus=4)
+    donor = loaded("a", replicas(prefill=2, decode=2), 0.5, 0.5)
+    for waiting, eyes in ((500.0, 1), (0.0, 0)):
+        held = ModelState("b", (), num_held=3, vision=StageStats(backlog_tokens=waiting))
+        woken, _, _ = run({"a": donor, "b": held}, limits, 3)
+        assert (woken["b"].count("mixed"), woken["b"].count("vision")) == (1, eyes)
+
+
+def test_who_is_woken_for_pictures_gets_one_pair_of_eyes() -> None:
+    limits = config(bounds("m", ("vision", "mixed"), floor=0, idle_to_zero_s=30.0), total_gpus=4)
+    held = ModelState("m", (), num_held=3, vision=StageStats(requests_per_s=1.0, backlog_tokens=500.0))
+    (action,) = actions_of(limits, held)
+    assert isinstance(action, WakeUp)
+    assert action.roles == ("mixed", "vision")
+
+
+def test_fractions_of_a_core_add_up() -> None:
+    """What sums of fractions leave over is neither free nor lacking."""
+    limits = config(bounds("a", ("mixed",), 0.1), bounds("b", ("mixed",), 0.1, floor=0), total_gpus=0.3)
+    asleep = ModelState("b", (), num_held=1)
+    (action,) = actions_of(limits, ModelState("a", replicas(0.1, mixed=2)), asleep)
+    assert isinstance(action, WakeUp)
+    donor = loaded("a", replicas(0.1, mixed=3), 0.1, 0.1)
+    (action,) = actions_of(limits, donor, asleep)
+    assert isinstance(action, MoveGpus)
+    assert ScalingConfig((ModelBounds("m", (PoolBounds("mixed", 0.1, min_replicas=3),)),), 0.3).total_gpus == 0.3
+
+
 def test_a_lone_replica_does_both() -> None:
     limits = config(bounds("m"), total_gpus=1)
     (action,) = actions_of(limits, ModelState("m", (), prefill=StageStats(requests_per_s=1.0)))
@@ -183,12 +213,21 @@ def test_nothing_is_switched_back_at_once() -> None:
         assert len([a for a in found if isinstance(a, SwitchRole)]) == expected
 
 
+def test_what_an_operator_has_switched_is_not_switched_back_at_once() -> None:
+    limits = config(bounds("m", SPLIT), total_gpus=8)
+    state = loaded("m", replicas(prefill=1, decode=3), 2.0, 1.5)
+    told = Memory().switched("m", "prefill", 1.0)
+    for memory, second, expected in ((Memory(), 2.0, 1), (told, 2.0, 0), (told, 7.0, 1)):
+        found = decide(ScalingSnapshot((state,)), limits, memory, second).actions
+        assert sum(isinstance(a, SwitchRole) for a in found) == expected
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"pools": (PoolBounds("prefill", 1),)}, "cannot serve"),
         ({"pools": (PoolBounds("mixed", 1), PoolBounds("mixed", 1))}, "twice"),
-        ({"idle_to_zero_s": 5.0}, "needs floor"),
+        ({"idle_to_zero_s": 5.0}, "set floor: 0"),
         ({"floor": -1}, "floor = -1"),
     ],
 )
@@ -199,9 +238,9 @@ def test_bounds_that_cannot_work_are_refused(fields: Mapping[str, object], words
 
 def test_figures_that_cannot_work_are_refused() -> None:
     model = ModelBounds("m", (PoolBounds("mixed", 4, min_replicas=2),))
-    with pytest.raises(ConfigError, match="hold 8 GPUs, total_gpus is 7"):
+    with pytest.raises(ConfigError, match="hold 8 GPUs, the budget is 7"):
         ScalingConfig((model,), 7)
-    with pytest.raises(ConfigError, match="names one twice"):
+    with pytest.raises(ConfigError, match="more than once"):
         ScalingConfig((model, model), 20)
     with pytest.raises(ConfigError, match="ttft_s = 0"):
         Targets(ttft_s=0)

@@ -15,7 +15,8 @@ from ernie_cluster.policy.scaling.decide import decide
 from ernie_cluster.policy.scaling.memory import Memory, ModelMemory, remembered
 from ernie_cluster.policy.scaling.needs import Needs, needs_of, replicas_for_wait, wait_p90_s
 from ernie_cluster.policy.scaling.roles import Split, best_split, replicas_for
-from ernie_cluster.policy.scaling.snapshot import ENGINE_ROLES, ModelState, ReplicaState, ScalingSnapshot, Sums
+from ernie_cluster.policy.scaling.snapshot import ENGINE_ROLES, ModelState, ReplicaState, ScalingSnapshot
+from ernie_cluster.sums import Sums
 from tests.unit.policy.clusters import (
     TARGETS,
     bounds,
@@ -29,7 +30,7 @@ from tests.unit.policy.clusters import (
 
 LOADS = st.floats(0.0, 6.0)
 FEW = st.integers(0, 3)
-PHASES = st.sampled_from(["ready", "ready", "ready", "starting", "switching", "draining", "planned"])
+PHASES = st.sampled_from(["ready", "ready", "ready", "starting", "switching", "silent", "draining", "planned"])
 
 
 @st.composite
@@ -117,7 +118,7 @@ def test_more_load_never_needs_less(prefill: float, decode: float, more: float, 
 
     def needs(p: float, d: float) -> tuple[Needs, int]:
         state = loaded("m", replicas(prefill=2, decode=2), p, d)
-        found = needs_of(state, remembered(ModelMemory(), state, limits, None), TARGETS)
+        found = needs_of(state, remembered(ModelMemory(), state, limits.pace, None), TARGETS)
         return found, replicas_for(found, limits.models[0], 1.0)
 
     (less, few), (greater, many) = needs(prefill, decode), needs(prefill * more, decode * longer)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_cluster.config.cluster import EngineConfig
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.config.published import PUBLISHED
 from ernie_cluster.errors import ConfigError

@@ -6,17 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from ernie_cluster.config.cluster import GIB, ClusterConfig, EngineConfig, PoolConfig
+from ernie_cluster.config.cluster import ClusterConfig
+from ernie_cluster.config.deployment import ModelDeployment
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.pool import PoolConfig, Role
 from ernie_cluster.config.presets import ernie_28b_a3b, ernie_28b_a3b_thinking, ernie_424b_a47b, tiny_mixed
 from ernie_cluster.config.published import PUBLISHED
+from ernie_cluster.config.units import GIB
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.inputs.images import PixelConfig
 from ernie_cluster.policy.sizing import memory
-from ernie_cluster.policy.sizing.check import check_fit, size_deployment
+from ernie_cluster.policy.sizing.check import check_fit, setting_of, size_deployment
 from ernie_cluster.policy.sizing.formats import FORMATS
 from ernie_cluster.policy.sizing.gpus import GPUS, gpu
-from ernie_cluster.policy.sizing.pools import Setting, size_pool
+from ernie_cluster.policy.sizing.pools import RankSizing, Setting, size_pool
 
 SHAPES = {
     "ernie-4.5-vl-28b-a3b": PUBLISHED["28b"],
@@ -97,6 +101,15 @@ def test_on_cpu_all_bytes_are_the_hosts() -> None:
     assert on_gpu.host_bytes < on_gpu.heaviest.total / 5
 
 
+@pytest.mark.parametrize(("role", "num_gpus", "more"), [("decode", 0.0, 5), ("decode", 1.0, 5), ("vision", 1.0, 0)])
+def test_memory_behind_the_kv_cache_is_the_hosts(role: Role, num_gpus: float, more: int) -> None:
+    pool = PoolConfig(role, num_gpus=num_gpus)
+    without = size_pool(SETTING, pool)
+    bigger = size_pool(replace(SETTING, engine=replace(SETTING.engine, host_cache_bytes=5 * GIB)), pool)
+    assert bigger.host_bytes - without.host_bytes == more * GIB
+    assert bigger.problem == without.problem
+
+
 def test_kv_tokens_are_whole_blocks_without_the_first_and_per_group() -> None:
     engine = EngineConfig(kv_cache_bytes=101 * 16 * 57_344 + 5)
     setting = replace(SETTING, engine=engine)
@@ -168,3 +181,17 @@ def test_a_setting_that_makes_no_sense(key: str, value: int) -> None:
 def test_an_unknown_gpu_is_no_key_error() -> None:
     with pytest.raises(ConfigError):
         gpu("")
+
+
+def test_decode_replicas_that_may_prefill_are_as_heavy_as_those_that_do() -> None:
+    (model,) = ernie_28b_a3b("-").models
+    shape, kind = PUBLISHED["28b"], GPUS["h100-80g"]
+
+    def heaviest(model: ModelDeployment) -> dict[str, RankSizing]:
+        return {p.role: p.heaviest for p in size_deployment(model, setting_of(model, shape, kind))}
+
+    fixed, able = heaviest(model), heaviest(replace(model, switch_roles=True))
+    assert "vision_experts" not in fixed["decode"].weights
+    assert able["decode"].weights == able["prefill"].weights
+    assert able["decode"].activations >= fixed["decode"].activations
+    assert {**able, "decode": fixed["decode"]} == fixed

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ernie_cluster.config.cluster import EngineConfig
+from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.config.published import PUBLISHED
 from ernie_cluster.policy.sizing import speed

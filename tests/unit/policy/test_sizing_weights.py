@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_cluster.config.cluster import Role
 from ernie_cluster.config.model import ModelConfig
 from ernie_cluster.config.parallel import ParallelDims
+from ernie_cluster.config.pool import Role
 from ernie_cluster.config.published import PUBLISHED
 from ernie_cluster.model.build import build_decoder, build_vision
 from ernie_cluster.policy.sizing.formats import FORMATS, WeightFormat

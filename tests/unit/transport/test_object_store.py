@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -124,3 +126,29 @@ def test_the_actor_tells_of_senders_that_died_without_a_bye() -> None:
 
 def _raise_memory_error(array: Payload) -> int:
     raise MemoryError("object store is full")
+
+
+class _Ref:
+    """What a store gives for an object, which lives as long as anybody has it."""
+
+
+def test_objects_that_nobody_took_go_with_the_channel() -> None:
+    """The receiver's process stands still, with pieces on their way to it."""
+    refs: list[weakref.ref[_Ref]] = []
+
+    def put(payload: object) -> _Ref:
+        refs.append(weakref.ref(ref := _Ref()))
+        return ref
+
+    def deliver(message: Message, sent: list[_Ref]) -> Future[Message]:
+        unanswered: Future[Message] = Future()
+        unanswered.refs = sent  # type: ignore[attr-defined]
+        return unanswered
+
+    with closing(ObjectStoreChannel(put, deliver, "prefill-0", stall_timeout_s=0.05)) as channel:
+        pushes = [send(channel, header(i, 4), b"data") for i in range(3)]
+        for push in pushes:
+            with pytest.raises(ReplicaLost, match="not acknowledged"):
+                push.result(TIMEOUT_S)
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3

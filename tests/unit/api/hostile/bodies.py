@@ -108,6 +108,17 @@ ROUTES: list[tuple[str, str, int, str | None]] = [
     ("POST", "/health", 405, None),
     ("POST", "/openapi.json", 405, None),
     ("BREW", "/metrics", 405, None),
+    ("GET", "/admin/decisions?limit=0", 400, "limit"),
+    ("GET", "/admin/decisions?limit=1e3", 400, "limit"),
+    ("GET", "/admin/decisions?limit=%D9%A3", 400, "limit"),
+    ("GET", "/admin/decisions?limit=" + "9" * 5000, 400, "limit"),
+    ("GET", "/admin/replicas/x/drain", 405, None),
+    ("POST", "/admin/replicas/..%2f..%2fetc/drain", 404, "replica"),
+    ("POST", "/admin/replicas//undrain", 404, "replica"),
+    ("POST", "/admin/replicas/drain", 404, None),
+    ("POST", "/admin/replicas/%00/drain", 404, "replica"),
+    ("POST", "/admin/replicas/x/role", 400, "role"),
+    ("POST", "/admin/status", 405, None),
 ]
 
 ROWS = [
