@@ -117,4 +117,6 @@ def _reason(message: str) -> str:
     verdict = verdict.rpartition("(in regex): ")[2].partition(" in regex /")[0]
     if verdict.startswith("at "):  # a place in our own text
         verdict = verdict.partition("): ")[2]
+    if "fuel exhausted" in verdict:  # llguidance's own bound, which a fast machine meets before ours of time
+        return "this is too complex: compiling it takes too many steps; simplify it"
     return f"this cannot be enforced: {'no text fits it' if verdict == 'NoExtensionBias' else verdict[:_MAX_MESSAGE]}"
