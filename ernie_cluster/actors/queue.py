@@ -138,7 +138,7 @@ class Queue:
             return found
         path, outlook = found
         self._books.promise(ticket.key, path.promises, now_s + lease_s)
-        self._forecasts.keep(ticket.key, outlook)
+        self._forecasts.keep(ticket.key, outlook, now_s, ticket.deadline_s)
         self._breakers.chosen([promise.replica_id for promise in path.promises], now_s)
         self._room.charge(ticket.demand)
         return dataclasses.replace(path, ttft_s=outlook.ttft_s)
@@ -151,7 +151,9 @@ class Queue:
             return path
         worked_off_s = self._books.worked_off_s(path.prefill, now_s)
         outlook = self._forecasts.outlook(demand, path, fleet, worked_off_s)
-        return too_late(demand, path, outlook, fleet, ticket.deadline_s - now_s, self._limits) or (path, outlook)
+        is_tried = self._forecasts.is_tried(outlook, now_s)
+        left_s = ticket.deadline_s - now_s
+        return too_late(demand, path, outlook, fleet, left_s, self._limits, is_tried=is_tried) or (path, outlook)
 
     def _to_avoid(self, ticket: Ticket, fleet: Fleet, now_s: float) -> frozenset[str]:
         shunned = self._books.suspects(now_s) | self._breakers.open(now_s)

@@ -217,9 +217,10 @@ class Router:
 
     async def release(self, model: str, attempts: Sequence[Ended]) -> None:
         """Attempts of one model's requests that are over."""
+        now_s = time.monotonic()
         for ended in attempts:
             self._observer.ended(model, ended.ttft_s, ended.tpot_s)
-            self._forecasts.learn(ended.key, ended.path_ttft_s, ended.tpot_s, ended.output_tokens)
+            self._forecasts.learn(ended.key, ended.path_ttft_s, ended.tpot_s, ended.output_tokens, now_s)
             self._let_go(ended.key)
             for replica_id in ended.served:
                 self._breakers.succeeded(replica_id)

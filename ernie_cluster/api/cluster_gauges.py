@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
-from ernie_cluster.api.operator import ClusterView, DecisionView
+from ernie_cluster.api.operator import ClusterView, DecisionView, Phase
 from ernie_cluster.observe.metrics import Metrics
 
 Labels = tuple[str, ...]
@@ -27,8 +28,8 @@ class ClusterGauges:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._kinds: set[Labels] = set()
-        """(model, phase, role) of all replicas that there ever were: those that are gone leave a 0."""
+        self._pools: set[Labels] = set()
+        """(model, role) of all replicas that there ever were: those that are gone leave a 0."""
         self._counted_s = float("-inf")
         """Unix time of the last decision that is counted."""
 
@@ -56,13 +57,16 @@ class ClusterGauges:
         if view is None:
             return {name: {} for name in _GAUGES}
         found: Counter[Labels] = Counter((r.model, r.phase, r.role) for r in view.replicas)
-        self._kinds |= found.keys()
-        pools = {(model, role) for model, _, role in self._kinds}
+        self._pools |= {(model, role) for model, _, role in found}
         lives = {(r.model, r.replica, r.role): r for r in view.replicas if r.started_s}
         unit = (view.budget_unit,)
         values: tuple[dict[Labels, float], ...] = (
-            {kind: found[kind] for kind in self._kinds},
-            {pool: sum(r.gpus for r in view.replicas if (r.model, r.role) == pool) for pool in pools},
+            {
+                (model, phase, role): found[model, phase, role]
+                for model, role in self._pools
+                for phase in get_args(Phase)
+            },
+            {pool: sum(r.gpus for r in view.replicas if (r.model, r.role) == pool) for pool in self._pools},
             {key: r.started_s for key, r in lives.items()},
             {key: r.age_s for key, r in lives.items()},
             {(m.name, role): need for m in view.models for role, need in (m.needs or {}).items()},

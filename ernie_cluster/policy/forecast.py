@@ -1,8 +1,9 @@
 """When an answer will begin and end: what the books say, corrected by how earlier answers went. Reads no clock.
 
 Replicas know how long they compute. What lies between them (calls, hand-overs, the way of the first token, other work on
-the same machine) nobody foresees, so it is learned: for each model and kind of path a line from what was foretold to what
-came.
+the same machine) nobody foresees, so it is learned: for each model, kind of path and class of work a line from what was
+foretold to what came. Batch work is a class of its own: on its replica all that is more urgent goes before it, whenever that
+comes, so how long it takes depends on what others will ask.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _TRUST = Sums.of((1.0, 1.0)).faded(0.5) + Sums.of((10.0, 10.0)).faded(0.005)
 _CARE = 1.5
 """Nobody is let in for whose answer there is less time than this many times what is foretold: others come after him."""
 _BATCH_CARE = 3.0
-"""The same for batch work: on its replica all that is more urgent goes before it, whenever that comes."""
+"""The same for batch work, whose time says less of that of the next."""
+_ALL_BUT = 0.9
+"""An attempt that ends without a first token after this part of its time ended for want of time."""
 _MAX_OPEN = 10_000
 """Answers that may be under way; of more, the oldest are forgotten."""
 
@@ -88,7 +91,7 @@ class Outlook:
 
     model: str
     kind: str
-    """Paths of one kind err alike."""
+    """Forecasts of one kind err alike."""
     first_s: float
     """To the first token, by the books."""
     turn_s: float
@@ -99,6 +102,17 @@ class Outlook:
     """To the first token, corrected."""
     end_s: float
     """To the last token of the first stretch of the answer, corrected."""
+    plain_end_s: float
+    """The same by the books."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A forecast whose end is not known yet."""
+
+    outlook: Outlook
+    since_s: float
+    deadline_s: float
 
 
 class Forecasts:
@@ -110,7 +124,9 @@ class Forecasts:
         self._rest: defaultdict[tuple[str, str], Correction] = defaultdict(Correction)
         self._lengths: dict[str, float] = {}
         """Mean output tokens of a model's answers."""
-        self._open: dict[str, Outlook] = {}
+        self._open: dict[str, _Open] = {}
+        self._newest: dict[tuple[str, str], str] = {}
+        """Of each kind the key that was kept last."""
 
     def outlook(self, demand: Demand, path: Path, fleet: Fleet, worked_off_s: float = 0.0) -> Outlook:
         """Of a path that is not booked yet.
@@ -127,28 +143,43 @@ class Forecasts:
         first_s, turn_s = (path.ttft_s + turn_s, 0.0) if replica.role == "mixed" else (path.ttft_s, turn_s)
         if path.encoder is None:  # else the queue of the encoder may be what is waited for
             first_s = max(0.0, first_s - worked_off_s)
-        kind = f"{'pictures' if path.encoder else 'text'}, {'one replica' if path.is_mixed else 'hand-over'}"
+        work = ("batch " if demand.priority > 0 else "") + ("pictures" if path.encoder else "text")
+        kind = f"{work}, {'one replica' if path.is_mixed else 'hand-over'}"
         ttft_s = self._first[demand.model, kind].of(first_s)
         rest_s = turn_s + (min(demand.max_tokens, self._stretch) - 1) * token_s
         end_s = ttft_s + self._rest[demand.model, kind].of(rest_s)
-        return Outlook(demand.model, kind, first_s, turn_s, token_s, ttft_s, end_s)
+        return Outlook(demand.model, kind, first_s, turn_s, token_s, ttft_s, end_s, first_s + rest_s)
 
-    def keep(self, key: str, outlook: Outlook) -> None:
-        """The attempt goes this way."""
-        self._open[key] = outlook
+    def keep(self, key: str, outlook: Outlook, now_s: float, deadline_s: float) -> None:
+        """The attempt goes this way, and must be over by its deadline."""
+        self._open[key] = _Open(outlook, now_s, deadline_s)
+        self._newest[outlook.model, outlook.kind] = key
         if len(self._open) > _MAX_OPEN:
             del self._open[next(iter(self._open))]
 
-    def learn(self, key: str, ttft_s: float | None, tpot_s: float | None, num_tokens: int) -> None:
-        """An attempt is over; unknown ones teach nothing.
+    def is_tried(self, outlook: Outlook, now_s: float) -> bool:
+        """Whether the last that was let in with a forecast of this kind is still under way, so that it will tell how
+        right such forecasts are."""
+        newest = self._open.get(self._newest.get((outlook.model, outlook.kind), ""))
+        return newest is not None and now_s < newest.deadline_s
+
+    def learn(self, key: str, ttft_s: float | None, tpot_s: float | None, num_tokens: int, now_s: float) -> None:
+        """An attempt is over; unknown ones teach nothing. Of one whose time was over before its first token, it is known
+        that this would have taken longer.
 
         Args:
             ttft_s: from the decision to its first token; None without one.
             tpot_s: mean time of each token after the first; None of fewer than two.
             num_tokens: that it has brought.
         """
-        outlook = self._open.pop(key, None)
-        if outlook is None or ttft_s is None:
+        attempt = self._open.pop(key, None)
+        if attempt is None:
+            return
+        outlook, lasted_s = attempt.outlook, now_s - attempt.since_s
+        if ttft_s is None:
+            ran_out = lasted_s >= _ALL_BUT * (attempt.deadline_s - attempt.since_s)
+            if ran_out and lasted_s > outlook.ttft_s:
+                self._first[outlook.model, outlook.kind].note(outlook.first_s, lasted_s)
             return
         self._first[outlook.model, outlook.kind].note(outlook.first_s, ttft_s)
         mean = self._lengths.get(outlook.model, float(num_tokens))
@@ -166,17 +197,29 @@ def batch_of(replica: ReplicaSnapshot) -> tuple[int, int]:
 
 
 def too_late(
-    demand: Demand, path: Path, outlook: Outlook, fleet: Fleet, left_s: float, limits: RouterConfig
+    demand: Demand,
+    path: Path,
+    outlook: Outlook,
+    fleet: Fleet,
+    left_s: float,
+    limits: RouterConfig,
+    *,
+    is_tried: bool = True,
 ) -> Refusal | None:
     """Refusal of a request whose answer would not be finished in time, else None.
 
-    Replicas at rest take every request: forecasts that err would else never be put right.
+    Replicas at rest take every request, and where nobody is under way who would tell, one is let in for whom the books alone
+    say that there is time: forecasts that err would else never be put right.
 
     Args:
         left_s: what is left of its time.
+        is_tried: see `Forecasts.is_tried`.
     """
-    need_s = outlook.end_s * (_CARE if demand.priority <= 0 else _BATCH_CARE)
+    care = _CARE if demand.priority <= 0 else _BATCH_CARE
+    need_s = outlook.end_s * care
     if need_s <= left_s or all(_is_at_rest(replica) for replica in _replicas(fleet, path)):
+        return None
+    if not is_tried and outlook.plain_end_s * care <= left_s:
         return None
     reason = (
         f"{demand.model!r}: the answer would take {need_s:.1f} s, and {max(0.0, left_s):.1f} s are left of its time"

@@ -132,7 +132,7 @@ async def test_a_deadline_aborts_everywhere(method: str) -> None:
         await backend.gone()
         await backend.gone()
     assert f.metrics.value("ernie_requests_in_flight", model="tiny") == 0
-    assert all(r.timeout_s <= 0.5 for r in backend.requests)
+    assert all(r.timeout_s < 0.6 for r in backend.requests), "gRPC rounds what is left up"
 
 
 async def test_the_servers_own_deadline() -> None:

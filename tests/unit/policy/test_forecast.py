@@ -119,8 +119,8 @@ def test_what_came_corrects_what_is_foretold_of_the_same_kind_only() -> None:
     cluster = [P0, D0]
     for i in range(30):
         _, outlook, _ = look(forecasts, cluster)
-        forecasts.keep(f"r{i}", outlook)
-        forecasts.learn(f"r{i}", outlook.first_s + 0.02, 2 * outlook.token_s, 11)
+        forecasts.keep(f"r{i}", outlook, 0.0, 60.0)
+        forecasts.learn(f"r{i}", outlook.first_s + 0.02, 2 * outlook.token_s, 11, 1.0)
     path, outlook, _ = look(forecasts, cluster)
     assert outlook.ttft_s == pytest.approx(path.ttft_s + 0.02, rel=0.05)
     assert outlook.end_s - outlook.ttft_s == pytest.approx(20 * outlook.token_s, rel=0.1)
@@ -133,11 +133,45 @@ def test_what_came_corrects_what_is_foretold_of_the_same_kind_only() -> None:
 def test_an_attempt_teaches_once_and_only_with_a_first_token() -> None:
     forecasts = Forecasts(LIMITS)
     path, outlook, _ = look(forecasts, [P0, D0])
-    forecasts.learn("unknown", 9.0, 9.0, 9)
-    forecasts.keep("r", outlook)
-    forecasts.learn("r", None, None, 0)
-    forecasts.learn("r", 9.0, 9.0, 9)
+    forecasts.learn("unknown", 9.0, 9.0, 9, 10.0)
+    forecasts.keep("r", outlook, 0.0, 60.0)
+    forecasts.learn("r", None, None, 0, 50.0)
+    forecasts.learn("r", 9.0, 9.0, 9, 60.0)
     assert look(forecasts, [P0, D0])[1].ttft_s == path.ttft_s
+
+
+def test_who_ran_out_of_time_teaches_that_it_takes_longer() -> None:
+    forecasts = Forecasts(LIMITS)
+    _, outlook, _ = look(forecasts, [P0, D0])
+    for i in range(20):
+        forecasts.keep(str(i), outlook, 0.0, 8.0)
+        forecasts.learn(str(i), None, None, 0, 8.0)
+    assert look(forecasts, [P0, D0])[1].ttft_s > 4.0
+
+
+def test_what_batch_work_waited_says_nothing_of_interactive_work() -> None:
+    forecasts, fleet = Forecasts(LIMITS), Fleet.of([P0, D0])
+    path, outlook, _ = look(forecasts, [P0, D0])
+    batch = forecasts.outlook(replace(TEXT, priority=1), path, fleet)
+    assert batch.ttft_s == outlook.ttft_s
+    forecasts.keep("r", batch, 0.0, 60.0)
+    forecasts.learn("r", 9.0, None, 1, 10.0)
+    assert look(forecasts, [P0, D0])[1].ttft_s == outlook.ttft_s
+    assert forecasts.outlook(replace(TEXT, priority=1), path, fleet).ttft_s > outlook.ttft_s
+
+
+def test_the_newest_tells_until_it_is_over_or_should_be() -> None:
+    forecasts = Forecasts(LIMITS)
+    _, outlook, _ = look(forecasts, [P0, D0])
+    assert not forecasts.is_tried(outlook, 0.0)
+    for key in ("first", "second"):
+        forecasts.keep(key, outlook, 0.0, 8.0)
+    forecasts.learn("first", 1.0, None, 1, 1.0)
+    assert forecasts.is_tried(outlook, 7.9)
+    assert not forecasts.is_tried(outlook, 8.0)
+    assert not forecasts.is_tried(replace(outlook, kind="another"), 7.9)
+    forecasts.learn("second", 1.0, None, 1, 1.0)
+    assert not forecasts.is_tried(outlook, 1.0)
 
 
 # ---- who is too late
@@ -159,6 +193,14 @@ def test_batch_work_needs_more_time_to_be_let_in() -> None:
     assert too_late(TEXT, path, outlook, fleet, 2 * outlook.end_s, LIMITS) is None
     assert too_late(batch, path, outlook, fleet, 2 * outlook.end_s, LIMITS) is not None
     assert too_late(batch, path, outlook, fleet, 4 * outlook.end_s, LIMITS) is None
+
+
+def test_where_nobody_would_tell_the_books_alone_decide() -> None:
+    path, outlook, fleet = look(Forecasts(LIMITS), [replace(P0, rates=BUSY), replace(D0, rates=BUSY, num_running=1)])
+    feared = replace(outlook, end_s=100.0)
+    assert too_late(TEXT, path, feared, fleet, 2 * outlook.end_s, LIMITS) is not None
+    assert too_late(TEXT, path, feared, fleet, 2 * outlook.end_s, LIMITS, is_tried=False) is None
+    assert too_late(TEXT, path, feared, fleet, 1.4 * outlook.end_s, LIMITS, is_tried=False) is not None
 
 
 def test_replicas_at_rest_take_everybody() -> None:
