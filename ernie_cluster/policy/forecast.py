@@ -38,7 +38,7 @@ _CARE = 1.5
 _BATCH_CARE = 3.0
 """The same for batch work, whose time says less of that of the next."""
 _ALL_BUT = 0.9
-"""An attempt that ends without a first token after this part of its time ended for want of time."""
+"""Who ends after this part of his time may have ended for want of it."""
 _MAX_OPEN = 10_000
 """Answers that may be under way; of more, the oldest are forgotten."""
 
@@ -164,8 +164,8 @@ class Forecasts:
         return newest is not None and now_s < newest.deadline_s
 
     def learn(self, key: str, ttft_s: float | None, tpot_s: float | None, num_tokens: int, now_s: float) -> None:
-        """An attempt is over; unknown ones teach nothing. Of one whose time was over before its first token, it is known
-        that this would have taken longer.
+        """An attempt is over; unknown ones teach nothing. Of one whose time was over before its first token, or
+        before its last, it is known that this would have taken longer.
 
         Args:
             ttft_s: from the decision to its first token; None without one.
@@ -176,17 +176,21 @@ class Forecasts:
         if attempt is None:
             return
         outlook, lasted_s = attempt.outlook, now_s - attempt.since_s
+        ran_out = lasted_s >= _ALL_BUT * (attempt.deadline_s - attempt.since_s)
+        first, rest = (of[outlook.model, outlook.kind] for of in (self._first, self._rest))
         if ttft_s is None:
-            ran_out = lasted_s >= _ALL_BUT * (attempt.deadline_s - attempt.since_s)
             if ran_out and lasted_s > outlook.ttft_s:
-                self._first[outlook.model, outlook.kind].note(outlook.first_s, lasted_s)
+                first.note(outlook.first_s, lasted_s)
             return
-        self._first[outlook.model, outlook.kind].note(outlook.first_s, ttft_s)
+        first.note(outlook.first_s, ttft_s)
+        if ran_out and lasted_s - ttft_s > outlook.end_s - outlook.ttft_s:
+            rest.note(outlook.plain_end_s - outlook.first_s, lasted_s - ttft_s)
+            return
         mean = self._lengths.get(outlook.model, float(num_tokens))
         self._lengths[outlook.model] = _MEMORY * mean + (1 - _MEMORY) * num_tokens
         if tpot_s is not None:
             more = num_tokens - 1
-            self._rest[outlook.model, outlook.kind].note(outlook.turn_s + more * outlook.token_s, more * tpot_s)
+            rest.note(outlook.turn_s + more * outlook.token_s, more * tpot_s)
 
 
 def batch_of(replica: ReplicaSnapshot) -> tuple[int, int]:

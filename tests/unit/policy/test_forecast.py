@@ -149,6 +149,17 @@ def test_who_ran_out_of_time_teaches_that_it_takes_longer() -> None:
     assert look(forecasts, [P0, D0])[1].ttft_s > 4.0
 
 
+def test_who_ran_out_of_time_while_he_wrote_teaches_that_the_rest_takes_longer() -> None:
+    forecasts = Forecasts(LIMITS)
+    _, before, _ = look(forecasts, [P0, D0])
+    for i in range(20):
+        forecasts.keep(str(i), before, 0.0, 8.0)
+        forecasts.learn(str(i), before.first_s, None, 1, 8.0)
+    _, after, _ = look(forecasts, [P0, D0])
+    assert after.ttft_s == pytest.approx(before.ttft_s, rel=0.05)
+    assert after.end_s > 4.0
+
+
 def test_what_batch_work_waited_says_nothing_of_interactive_work() -> None:
     forecasts, fleet = Forecasts(LIMITS), Fleet.of([P0, D0])
     path, outlook, _ = look(forecasts, [P0, D0])
