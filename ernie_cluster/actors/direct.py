@@ -24,6 +24,7 @@ from typing import Any
 
 from ernie_cluster.actors import background
 from ernie_cluster.errors import EngineFailed, ErnieClusterError, Overloaded, ReplicaLost
+from ernie_cluster.observe.log import bind_request_id, bound_request_id
 from ernie_cluster.transport.keepalive import watch
 
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -120,10 +121,11 @@ class DirectServer:
             if await self._admit(reader, writer):
                 with self._visit() as methods:
                     while True:
-                        number, name, args = await _receive(reader)
+                        number, name, args, request_id = await _receive(reader)
                         # nobody's child: what a call starts in Ray must not end with the request it came from
                         is_full = num_calls >= MAX_CALLS
-                        task = background.start(self._answer(writer, number, methods, name, args, is_full=is_full))
+                        answer = self._answer(writer, number, methods, name, args, request_id, is_full=is_full)
+                        task = background.start(answer)
                         num_calls += 1
                         self._work.add(task)
                         task.add_done_callback(done)
@@ -158,20 +160,22 @@ class DirectServer:
         methods: Mapping[str, Method],
         name: str,
         args: tuple[Any, ...],
+        request_id: str,
         *,
         is_full: bool,
     ) -> None:
         error: ErnieClusterError | None = None
         frames: list[bytes | memoryview] = []
-        try:
-            if is_full:
-                raise Overloaded(f"{name}: {MAX_CALLS} calls of one caller are worked on, which is the limit", 1.0)
-            frames = _frames((number, None, await methods[name](*args)))
-        except ErnieClusterError as e:
-            error = e
-        except Exception as e:
-            _log.exception("%s failed", name)
-            error = EngineFailed(f"{name}: {type(e).__name__}: {e}")
+        with bind_request_id(request_id):
+            try:
+                if is_full:
+                    raise Overloaded(f"{name}: {MAX_CALLS} calls of one caller are worked on, which is the limit", 1.0)
+                frames = _frames((number, None, await methods[name](*args)))
+            except ErnieClusterError as e:
+                error = e
+            except Exception as e:
+                _log.exception("%s failed", name)
+                error = EngineFailed(f"{name}: {type(e).__name__}: {e}")
         if not writer.is_closing():
             with contextlib.suppress(OSError):
                 writer.writelines(frames if error is None else _frames((number, error, None)))
@@ -221,7 +225,7 @@ class DirectPeer:
         return cls(reader, writer, where)
 
     async def call(self, method: str, *args: Any) -> Any:
-        """What the method returns there. Giving up waiting does not end its work.
+        """What the method returns there. Giving up waiting does not end its work. The request's id that is bound here is bound there.
 
         Raises:
             RemoteFailure: the other side says that it failed.
@@ -232,7 +236,7 @@ class DirectPeer:
         self._last_number = number = self._last_number + 1
         self._waiting[number] = future = asyncio.get_running_loop().create_future()
         try:
-            self._writer.writelines(_frames((number, method, args)))
+            self._writer.writelines(_frames((number, method, args, bound_request_id() or "-")))
             await self._writer.drain()
             return await future
         except OSError as e:

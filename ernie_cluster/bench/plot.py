@@ -45,7 +45,8 @@ def drawn(times_s: Sequence[float], panels: Sequence[Panel], shades: Sequence[tu
             times_s, panel, TOP + i * (HEIGHT + GAP), shades if i == 0 else [(a, b, "") for a, b, _ in shades]
         )
     height = TOP + len(panels) * (HEIGHT + GAP)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 20}" height="{height}" '
+    width = LEFT + WIDTH + 20
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
     return head + 'font-family="sans-serif" font-size="12">\n' + "\n".join(parts) + "\n</svg>\n"
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ernie_cluster.actors import direct
 from ernie_cluster.actors.direct import Address, DirectPeer, DirectServer, RemoteFailure
 from ernie_cluster.errors import EngineFailed, Overloaded, ReplicaLost
+from ernie_cluster.observe.log import bind_request_id, bound_request_id
 from ernie_cluster.transport import keepalive
 from ernie_cluster.transport.keepalive import SILENCE_S
 
@@ -52,6 +53,9 @@ class Rank:
     async def break_down(self) -> None:
         raise KeyError("oops")
 
+    async def request(self) -> str:
+        return bound_request_id()
+
     async def unsendable(self) -> Any:
         return threading.Lock()
 
@@ -59,7 +63,7 @@ class Rank:
 @asynccontextmanager
 async def serving() -> AsyncIterator[tuple[Rank, DirectServer, Address]]:
     rank = Rank()
-    calls = (rank.echo, rank.wait, rank.refuse, rank.break_down, rank.unsendable)
+    calls = (rank.echo, rank.wait, rank.refuse, rank.break_down, rank.request, rank.unsendable)
     server = DirectServer({call.__name__: call for call in calls})
     address = await server.start("127.0.0.1")
     try:
@@ -79,6 +83,18 @@ def test_arrays_of_any_size_arrive_as_they_were(sizes: list[int]) -> None:
             assert got[1] == "text"
             for a, b in zip(sent, got[0], strict=True):
                 np.testing.assert_array_equal(a, b)
+            await peer.close()
+
+    run(work())
+
+
+def test_the_other_side_logs_under_the_same_request() -> None:
+    async def work() -> None:
+        async with serving() as (_, _, address):
+            peer = await DirectPeer.connect(address, "rank")
+            with bind_request_id("req-1"):
+                assert await peer.call("request") == "req-1"
+            assert await peer.call("request") == ""
             await peer.close()
 
     run(work())
