@@ -159,7 +159,9 @@ def drawn(results: Sequence[tuple[int, float, Result]]) -> str:
         parts.append(f'<text x="{left + width - 40}" y="{y0 + height + 16}">{end_s:.0f} s</text>')
     total = top + len(results) * (height + 45)
     width_px = left + width + 20
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width_px}" height="{total}" viewBox="0 0 {width_px} {total}" '
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width_px}" height="{total}" viewBox="0 0 {width_px} {total}" '
+    )
     return head + 'font-family="sans-serif" font-size="12">' + "".join(parts) + "</svg>\n"
 
 
