@@ -105,7 +105,8 @@ class LeaseTable:
         Raises:
             ContextTooLong: the tokens would not fit even if all blocks were free.
             Overloaded: not enough blocks are free.
-            TransferFailed: a newer attempt of this request holds a lease already.
+            TransferFailed: this attempt or a newer one holds a lease already, or has held one that other ranks still write
+                under.
         """
         needed, capacity = self.pool.num_blocks_for(num_tokens), self.pool.num_blocks - 1
         if needed > capacity:
@@ -118,6 +119,9 @@ class LeaseTable:
             if old.epoch >= epoch:
                 raise TransferFailed(f"request {request_id}: attempt {epoch} came after attempt {old.epoch}")
             self.end(request_id)
+        if any(x.request_id == request_id and x.epoch >= epoch for x in self._ending):
+            # other ranks know a lease by request and attempt: told to forget the first, they would forget this one
+            raise TransferFailed(f"request {request_id}: attempt {epoch} has ended here")
         usable = hashes[: (num_tokens - 1) // self.pool.block_size]
         wanted = min(self.pool.num_blocks_for(num_tokens + reserve_tokens), capacity)
         try:

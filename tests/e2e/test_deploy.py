@@ -83,6 +83,7 @@ class Deployed:
     def post(self, name: str, body: dict[str, Any]) -> subprocess.Popen[str]:
         """Ask; the answer goes to the file of that name, its status behind it."""
         (self.folder / f"{name}.json").write_text(json.dumps(body))
+        (self.folder / name).write_text("")
         return self.machine.start(
             f"curl -sN -m 300 -w ' %{{http_code}}' -H 'content-type: application/json' -d @{self.folder}/{name}.json"
             f" localhost:8000{CHAT} > {self.folder}/{name}"

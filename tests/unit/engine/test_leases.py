@@ -201,3 +201,18 @@ def test_blocks_that_other_ranks_write_into_are_free_when_those_have_forgotten_t
     table.give_back(lease)
     assert table.blocks() == []
     assert table.pool.num_used == 0
+
+
+def test_an_attempt_gets_no_second_lease_while_other_ranks_may_write_under_its_first() -> None:
+    table = make_table()
+    table.recall = lambda lease: None
+    first = table.grant("a", 1, 5, [], 0, 0.0)
+    first.told = Future()
+    table.end("a")
+    for late in (0, 1):
+        with pytest.raises(TransferFailed, match=f"attempt {late} has ended here"):
+            table.grant("a", late, 5, [], 0, 0.0)
+    assert table.grant("a", 2, 5, [], 0, 0.0).epoch == 2
+    table.end("a")
+    table.give_back(first)
+    assert table.grant("b", 1, 5, [], 0, 0.0).epoch == 1
