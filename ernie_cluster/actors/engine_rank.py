@@ -169,12 +169,11 @@ class EngineRank:
         return await receive(self._receivers, message, refs)
 
     async def snapshot(self) -> Load:
-        """Load now; raises EngineFailed when the engine has stopped, so that the replica is replaced."""
+        """Load now; raises EngineFailed when the engine has stopped or hangs, so that the replica is replaced."""
         return self._now()
 
     def _now(self) -> Load:
-        if self._worker.failure is not None:
-            raise self._worker.failure
+        self._worker.look_after()
         return load_of(self._worker.snapshot(), self._duty, self._worker.layout.bytes_per_token)
 
     async def faults(self, order: FaultOrder) -> list[FaultState]:

@@ -118,6 +118,7 @@ def load_worker(args: RankArgs, place: Place, emit: Callable[[list[Outcome]], No
             can_encode=args.weights_role != "decode",
             host_blocks=host_blocks(args, shape),
             poison_freed_blocks=settings.poison_freed_blocks,
+            step_timeout_s=settings.step_timeout_s,
         ),
         emit,
         lambda: Compiler(load_vocabulary(folder, shape.text.vocab_size)),

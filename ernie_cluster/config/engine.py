@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ernie_cluster.config.checks import check_range
+from ernie_cluster.config.checks import check_positive, check_range
 from ernie_cluster.config.emulate import EmulateConfig
 from ernie_cluster.config.units import MIB
 from ernie_cluster.errors import ConfigError
@@ -49,6 +49,9 @@ class EngineConfig:
     heads; auto = split on GPUs, else shared."""
     max_model_len: int | None = None
     """Most tokens of one sequence, prompt and output together, at least 2; None = the model's own bound."""
+    step_timeout_s: float = 120.0
+    """A step that takes longer hangs: its rank, a collective that waits for a stuck one, a driver. Then the requests there go on
+    elsewhere, and the replica is replaced. Far above any step that ends."""
     poison_freed_blocks: bool = False
     """For tests and debugging: overwrite KV blocks that nobody holds with NaN, on every rank, and stop an engine whose logits
     are NaN; so a block that is read after it was freed shows. Costs a write of each block when it is freed and one when it
@@ -72,6 +75,7 @@ class EngineConfig:
         check_range(self, 1, "block_size", "kv_cache_bytes", "max_batch_tokens", "max_num_seqs")
         check_range(self, 0, "num_threads", "host_cache_bytes")
         check_range(self, 2, "max_model_len")
+        check_positive(self, "step_timeout_s")
         if self.host_cache_bytes and not self.enable_prefix_cache:
             raise ConfigError(
                 f"host_cache_bytes = {self.host_cache_bytes} with enable_prefix_cache = false: nothing would be kept there; "

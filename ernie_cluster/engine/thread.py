@@ -43,17 +43,19 @@ class EngineThread:
         self._engine, self._fetches, self._sweep, self._fail = engine, fetches, sweep, fail
         self._idle_s = min(1.0, lease_timeout_s / 4)
         self.is_stopping = False
+        self.step_since_s: float | None = None
+        """When the running step began, on the engine's clock; None between two."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Return after the running step, if any."""
+    def stop(self, *, is_hung: bool = False) -> None:
+        """Return after the running step, if any; at once where it will not end."""
         with self._engine.lock:
             self.is_stopping = True
             self._engine.lock.notify_all()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not is_hung:
             self._thread.join()
 
     def _loop(self) -> None:
@@ -76,8 +78,10 @@ class EngineThread:
                 if engine.clock() >= next_sweep:
                     self._sweep()
                     next_sweep = engine.clock() + idle_s
+                self.step_since_s = engine.clock()
                 did_run = engine.step()
                 are_others_busy = not did_run and engine.runner.rest()
+                self.step_since_s = None
             engine.runner.crew.dismiss()
         except Exception as e:
             if self.is_stopping:

@@ -73,6 +73,8 @@ class WorkerSettings:
     """Blocks that the host's memory behind the KV cache holds; 0 = there is none."""
     poison_freed_blocks: bool = False
     """See `EngineConfig`."""
+    step_timeout_s: float = float("inf")
+    """See `EngineConfig`."""
 
 
 class Worker:
@@ -134,6 +136,7 @@ class Worker:
         self.lender = Lender(self.engine, kv, layout, self._followers, piece_bytes=settings.piece_bytes)
         self._openings = Openings(self.engine, self.leases, self.inbox, self.sender, self._followers, emit)
         self.failure: EngineFailed | None = None
+        self._is_hung = False
         self._thread = EngineThread(self.engine, self.inbox.fetches, settings.lease_timeout_s, self.sweep, self._fail)
 
     def warm_up(self) -> None:
@@ -149,7 +152,22 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after the running step; waiting requests are left to whoever stops us."""
-        self._thread.stop()
+        self._thread.stop(is_hung=self._is_hung)
+
+    def look_after(self) -> None:
+        """To be called now and then, from any thread: nobody else notices a step that does not end, as where a collective
+        waits for a rank that is stuck.
+
+        Raises:
+            EngineFailed: the engine has stopped, or hangs; all requests here have been told.
+        """
+        since_s = self._thread.step_since_s
+        step_s = 0.0 if since_s is None else self.engine.clock() - since_s
+        if self.failure is None and step_s > self.settings.step_timeout_s:
+            self._fail(EngineFailed(f"a step has run for {step_s:.0f} s, longer than engine.step_timeout_s; it hangs"))
+            self._is_hung = self._thread.is_stopping = True  # if it goes on after all, it does no more
+        if self.failure is not None:
+            raise self.failure
 
     # ---- control, from any thread
 
