@@ -68,6 +68,8 @@ class VisionRank:
         self._is_parting = False
         self._running: set[str] = set()
         self._aborted: set[str] = set()
+        self._claiming: dict[str, asyncio.Future[None]] = {}
+        """Tasks whose prompt the prefill replica does not know yet, to be ended when they are given up."""
         self._waiting_tokens = 0
         self._twins: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
         """By content hash: held by whoever encodes it."""
@@ -107,6 +109,7 @@ class VisionRank:
             TransferFailed: the prefill replica does not wait for this attempt.
             ReplicaLost: it is gone.
             ReplicaDraining: this replica parts with what it has.
+            Aborted: nobody waits for it any more.
         """
         with self._at_work(task.request_id, list(task.media.values())):
             return await self._encode(task)
@@ -125,7 +128,11 @@ class VisionRank:
 
     async def abort(self, request_ids: list[str]) -> None:
         """Stop before the next picture of these requests, or piece of a video."""
-        self._aborted.update(self._running.intersection(request_ids))
+        for request_id in self._running.intersection(request_ids):
+            self._aborted.add(request_id)
+            claiming = self._claiming.get(request_id)
+            if claiming is not None and not claiming.done():
+                claiming.set_result(None)
 
     async def poll(self, client_id: str, acknowledged: int) -> Batch:
         """Nothing but a sign of life, while the encoder's thread may be busy: what is encoded goes out elsewhere."""
@@ -246,7 +253,7 @@ class VisionRank:
         claim: Message = {
             "type": "claim", "request_id": task.request_id, "epoch": task.epoch, "media": list(task.media)
         }  # fmt: skip
-        answer = await asyncio.wrap_future(channel.call(claim, self._timeout_s))
+        answer = await self._unless_given_up(task.request_id, asyncio.wrap_future(channel.call(claim, self._timeout_s)))
         if "error" in answer:
             raise TransferFailed(str(answer["error"]))
         spans, piece = [], 0
@@ -269,6 +276,19 @@ class VisionRank:
             spans.append(Span("encode", start, encoded - start, detail))
             spans.append(Span("embeddings", encoded, time.time() - encoded, (("bytes", embeds.nbytes),)))
         return EncodeReport(tuple(spans))
+
+    async def _unless_given_up(self, request_id: str, claimed: asyncio.Future[Message]) -> Message:
+        """A prompt that was given up before it was opened never answers the claim."""
+        self._claiming[request_id] = given_up = asyncio.get_running_loop().create_future()
+        try:
+            if request_id not in self._aborted:
+                await asyncio.wait({claimed, given_up}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._claiming[request_id]
+        if not claimed.done():
+            claimed.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody wants to know
+            raise Aborted("given up before its prompt was there")
+        return claimed.result()
 
     async def _send(self, channel: Channel, task: EncodeTask, index: int, rows: NDArray[np.uint8], piece: int) -> int:
         """Push one picture's embeddings in pieces of whole rows; the number of the next piece."""

@@ -1,9 +1,13 @@
-"""`ernie-cluster bench` against the whole application: what it counts is what the server has counted."""
+"""`ernie-cluster bench` and Locust against the whole application: what they count is what the server has counted."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from tests.e2e.application import Application
 
 pytestmark = pytest.mark.timeout(240)
 
+ROOT = Path(__file__).parents[2]
 MODEL = "tiny"
 COUNTERS = {
     "requests": "ernie_request_total",
@@ -43,3 +48,24 @@ def test_bench_and_the_server_count_the_same(app: Application, scenario: str, tm
     for key in COUNTERS:
         assert told[key] == pytest.approx(after[key] - before[key], rel=0.05), key
     assert 0 < told["ttft_s"]["p50"] <= told["latency_s"]["p99"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason='not installed: pip install -e ".[loadtests]"')
+@pytest.mark.parametrize("way", ["http", "grpc"])
+def test_locust_and_the_server_count_the_same(app: Application, way: str, tmp_path: Path) -> None:
+    before = counted(app)
+    host = app.url if way == "http" else app.grpc_target
+    command = [sys.executable, "-m", "locust", "-f", f"loadtests/over_{way}.py", "--host", host, "--headless"]
+    load = ["-u", "3", "-r", "9", "-t", "5s", "--stop-timeout", "60", "--scenario", "chat", "--shrink", "10"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    file = ["--model", MODEL, "--json-file", str(tmp_path / "stats")]
+    ran = subprocess.run(
+        [*command, *load, *file], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    (row,) = json.loads((tmp_path / "stats.json").read_text())
+    after = counted(app)
+    assert row["num_failures"] == 0
+    assert row["num_requests"] >= 3
+    for key, name in (("requests", "num_requests"), ("output_tokens", "total_content_length")):
+        assert row[name] == pytest.approx(after[key] - before[key], rel=0.05), key

@@ -113,6 +113,24 @@ def test_it_shows_that_it_lives_while_its_encoder_is_busy(monkeypatch: pytest.Mo
     assert worker.check()
 
 
+def test_a_task_that_is_given_up_waits_no_more_for_a_prompt_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, _ = make_worker()
+    request = make_request([5, PICTURES[0], 7], "a", max_tokens=4)
+    with ranks(1, LocalReceiver(worker.inbox), monkeypatch) as (rank,):
+
+        async def play() -> None:
+            encoding = asyncio.create_task(rank.encode(task(request, 0)))
+            while not worker.inbox._claims._waiting:
+                await asyncio.sleep(0.001)
+            assert rank._now().num_running == 1
+            await rank.abort(["a", "unknown"])
+            with pytest.raises(Aborted):
+                await encoding
+            assert rank._now().is_idle
+
+        asyncio.run(asyncio.wait_for(play(), 20))
+
+
 def test_a_cached_picture_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, _ = make_worker()
     request = make_request([5, PICTURES[0], 7], "a", max_tokens=4)
