@@ -16,14 +16,17 @@ from tests.tiny import tiny_folder
 
 START_TIMEOUT_S = 300.0
 READY_S = 180.0
+STEP_TIMEOUT_S = 8.0
+"""Longer than processes are stopped for."""
 
 
 def build_config(folder: str, port: int) -> ClusterConfig:
     """See the module."""
     (tiny,) = PRESETS["tiny"](folder).models
     pools = tuple(dataclasses.replace(pool, num_replicas=2) for pool in tiny.pools)
+    engine = dataclasses.replace(tiny.engine, step_timeout_s=STEP_TIMEOUT_S)
     return ClusterConfig(
-        models=(dataclasses.replace(tiny, pools=pools),),
+        models=(dataclasses.replace(tiny, pools=pools, engine=engine),),
         api=ApiConfig(port=port, num_replicas=2),
         router=RouterConfig(max_attempts=3),
         faults=FaultsConfig(enabled=True),

@@ -6,9 +6,10 @@ import signal
 from dataclasses import dataclass
 
 from ernie_cluster.chaos.blows import AtPoint, Blow
-from ernie_cluster.chaos.stages import STAGES, Wound
+from ernie_cluster.chaos.stages import STAGES, Stage, Wound
 from ernie_cluster.config.faults import Action
 from tests.chaos.draining import WhileDraining
+from tests.chaos.hanging import HungStep, Standstill
 from tests.chaos.processes import TITLES, Signal
 
 
@@ -25,9 +26,13 @@ class Scenario:
         return " and ".join(blow.name for blow in self.blows)
 
 
+def stage_of(role: str, name: str) -> Stage:
+    (found,) = (s for s in STAGES if (s.role, s.name) == (role, name))
+    return found
+
+
 def at(action: Action, role: str, stage: str) -> AtPoint:
-    (found,) = (s for s in STAGES if (s.role, s.name) == (role, stage))
-    return AtPoint(Wound(found, action))
+    return AtPoint(Wound(stage_of(role, stage), action))
 
 
 _BY_POINT = [
@@ -70,4 +75,9 @@ _DRAINING = [
     for role, stage in (("decode", "mid-decode"), ("prefill", "mid-transfer"))
 ]
 
-SCENARIOS = [*_BY_POINT, *_BY_SIGNAL, *_SUBTLE, *_DOUBLE, *_DRAINING]
+_HANGING = [
+    Scenario((HungStep(Standstill(stage_of(role, stage), "delay")),))
+    for role, stage in (("prefill", "mid-prefill"), ("decode", "mid-decode"))
+]
+
+SCENARIOS = [*_BY_POINT, *_BY_SIGNAL, *_SUBTLE, *_DOUBLE, *_DRAINING, *_HANGING]
