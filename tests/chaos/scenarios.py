@@ -72,7 +72,7 @@ _SUBTLE = [
 _DRAINING = [
     Scenario((WhileDraining(at(action, role, stage).wound),))
     for action in ("kill", "stop")
-    for role, stage in (("decode", "mid-decode"), ("prefill", "mid-transfer"))
+    for role, stage in (("decode", "mid-decode"), ("prefill", "hand-over"))
 ]
 
 _HANGING = [
