@@ -9,7 +9,7 @@ from ernie_cluster.chaos.blows import AtPoint, Hit, Scene
 from ernie_cluster.chaos.stages import Wound
 from ernie_cluster.config.faults import FaultRule
 
-_FOR_EVER_S = 3600.0
+_FOR_EVER_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
