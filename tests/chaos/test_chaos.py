@@ -2,7 +2,7 @@
 
     pytest tests/chaos --slow -k "decode and kill"
 
-Each scenario is an experiment of its own, with its own calm run. Takes about half an hour on two cores.
+Each scenario is an experiment of its own, with its own calm run. Takes a quarter of an hour on two quiet cores.
 """
 
 from __future__ import annotations
