@@ -9,6 +9,8 @@ SETTINGS = {
     # one loop per Serve process, without hops between threads: 2 ms less per request; nothing of ours blocks it
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # the head remembers this many calls of actors for Ray's dashboard, 100,000 by itself: half an hour of them is 30 MiB, nobody looks
+    "RAY_task_events_max_num_task_in_gcs": "10000",
     # torch: large pages for large tensors; weights are read half as fast again, for the first touch of memory is what takes
     "THP_MEM_ALLOC_ENABLE": "1",
     # in place of the Python proxy, whose way there and back takes 20 ms: this one's takes 2
