@@ -252,9 +252,10 @@ def _wait_for_route(config: ClusterConfig, deadline: float) -> None:
 
 
 def _failure(application: ApplicationStatusOverview) -> str:
-    """What the first deployment that Serve gave up on said last, or ""."""
+    """What the first deployment that Serve gave up on said last, or "". A replica that ran and stopped is none: it is replaced."""
     for name, deployment in application.deployments.items():
-        if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        did_run = deployment.status_trigger == "HEALTH_CHECK_FAILED"
+        if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") and not did_run:
             return f"{name}: {_last_words(deployment.message)}"
     return application.message if application.status == "DEPLOY_FAILED" else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,3 +43,22 @@ def test_two_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="busy"):
         launch._start_serve(lambda _: None)
     assert serve.calls == ["start", "shutdown"] * 2
+
+
+@pytest.mark.parametrize(
+    ("status", "trigger", "said"),
+    [
+        ("UNHEALTHY", "REPLICA_STARTUP_FAILED", "m-decode: no such file"),
+        ("DEPLOY_FAILED", "REPLICA_STARTUP_FAILED", "m-decode: no such file"),
+        ("UNHEALTHY", "HEALTH_CHECK_FAILED", ""),
+        ("UPDATING", "CONFIG_UPDATE_STARTED", ""),
+        ("HEALTHY", "UNSPECIFIED", ""),
+    ],
+)
+def test_a_replica_that_cannot_start_is_a_failure_and_one_that_stops_is_none(
+    status: str, trigger: str, said: str
+) -> None:
+    message = "Traceback\nernie_cluster.errors.CheckpointError: no such file"
+    deployment = SimpleNamespace(status=status, status_trigger=trigger, message=message)
+    application = SimpleNamespace(deployments={"m-decode": deployment}, status="DEPLOYING", message="")
+    assert launch._failure(application) == said  # type: ignore[arg-type]
