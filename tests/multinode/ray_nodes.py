@@ -99,6 +99,8 @@ class RayNodes:
         """Start a node; returns for the head when its port answers, for others at once."""
         machine, home = self._machines[name], self._home(name)
         home.mkdir(exist_ok=True)
+        # Ray sees the processes of all machines here, and would take those of others for a head that runs already
+        (home / "ray_current_cluster").unlink(missing_ok=True)
         where = ["--address", self.address]
         if name == self.head:
             where = ["--head", "--port", str(GCS_PORT), "--include-dashboard", "false"]
