@@ -68,10 +68,10 @@ def _check_gang(model: ModelDeployment, pool: PoolConfig) -> None:
             f"{where}: tp = {pool.tp} on GPUs with engine.kv_placement = shared; a GPU's memory holds the KV of its own "
             "rank: use split or auto"
         )
-    if pool.dims.world > 1 and pool.num_gpus < 1:
+    if pool.dims.world > 1 and pool.num_gpus <= 0.5:
         raise ConfigError(
             f"{where}: tp * dp = {pool.dims.world} ranks with num_gpus = {pool.num_gpus:g} each; they would share a "
-            "GPU, and NCCL takes no two ranks on one: set num_gpus to 1"
+            "GPU, and NCCL takes no two ranks on one: set num_gpus to 1, or to more than a half beside a smaller share"
         )
 
 

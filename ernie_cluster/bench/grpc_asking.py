@@ -58,7 +58,6 @@ def ask(
         began_s,
         clock() - start_s,
         ttft_s=times_s[0] - start_s if times_s else None,
-        last_s=times_s[-1] - start_s if times_s else None,
         gaps_s=tuple(b - a for a, b in pairwise(times_s)),
         num_tokens=usage.completion_tokens or len(times_s),
         num_prompt_tokens=usage.prompt_tokens,

@@ -71,7 +71,6 @@ class Reading:
             began_s,
             end_s - start_s,
             ttft_s=self.times_s[0] - start_s if self.times_s else None,
-            last_s=self.times_s[-1] - start_s if self.times_s else None,
             gaps_s=tuple(b - a for a, b in pairwise(self.times_s)),
             num_tokens=self.usage.get("completion_tokens") or len(self.times_s),
             num_prompt_tokens=self.usage.get("prompt_tokens") or 0,

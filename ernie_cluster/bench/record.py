@@ -16,8 +16,6 @@ class Record:
     """To its end, whatever that was."""
     ttft_s: float | None = None
     """To the first piece of text, or of thought; None where none came."""
-    last_s: float | None = None
-    """To the last piece."""
     gaps_s: tuple[float, ...] = ()
     """Between neighbouring pieces. A server may put several tokens into one: then ITL is of pieces, TPOT still of tokens."""
     num_tokens: int = 0
@@ -40,10 +38,10 @@ class Record:
 
     @property
     def tpot_s(self) -> float | None:
-        """(last piece - first piece) / (tokens - 1); None for answers of less than two tokens."""
-        if self.ttft_s is None or self.last_s is None or self.num_tokens < 2:
+        """(end - first piece) / (tokens - 1); None for answers of less than two tokens. The end, as the last tokens may bear no text."""
+        if self.ttft_s is None or self.num_tokens < 2:
             return None
-        return (self.last_s - self.ttft_s) / (self.num_tokens - 1)
+        return (self.latency_s - self.ttft_s) / (self.num_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,23 +21,31 @@ _CHANGES: Mapping[Where, str] = {
   head_start_ray_commands   the path of `ray`, where a login shell does not find it, as in a virtual environment""",
     "on-prem": """\
   provider        addresses of your machines, and the same ones in worker_start_ray_commands, with their pools
-  auth            who may log in to all of them by ssh and use sudo; they need NVIDIA's driver and {models}""",
+  auth            who may log in to all of them by ssh and use sudo; they need NVIDIA's driver and {models}
+  setup_commands  where pip finds ernie-cluster: `render --package` takes a wheel""",
     "aws": """\
   provider        region and zone where you have a quota for these instances, or a capacity reservation
   ImageId         an Ubuntu 24.04 image with NVIDIA's driver, as the Deep Learning Base GPU AMI of that region
-  CHANGE-ME       the file system with the checkpoints, mounted as {models}""",
+  CHANGE-ME       the file system with the checkpoints, mounted as {models}
+  setup_commands  where pip finds ernie-cluster: `render --package` takes a wheel""",
     "gcp": """\
   provider        project, region and zone where you have a quota, or a reservation, for these machines
   CHANGE-ME       the project, and the file system with the checkpoints, mounted as {models}
-  node_config     networks, and how a3 machines are had: a3-highgpu-1g as Spot or Flex-start only, a3-ultragpu with RDMA networks""",
+  node_config     networks, and how a3 machines are had: a3-highgpu-1g as Spot or Flex-start only, a3-ultragpu with RDMA networks
+  setup_commands  where pip finds ernie-cluster: `render --package` takes a wheel""",
 }
 _RUN = """\
 Run, from the folder above this one:
   ray get-auth-token --generate                  # once: what the nodes know each other by
-  ernie-cluster key --name me                    # its entry goes into keys.yaml, which clients' keys are read from
+  ernie-cluster key --name me > key.txt          # the key itself stands in here, and nowhere else
+  grep '^- ' key.txt >> keys.yaml                # its entry, which holds only the hash; clients' keys are read from there
   ray up deploy/{file}
   ray exec deploy/{file} 'RAY_AUTH_MODE=token ~/ernie/bin/serve deploy ~/serve.yaml'
   ray exec deploy/{file} 'RAY_AUTH_MODE=token ~/ernie/bin/serve status'
+Change the configuration, without `ray up`, which starts Ray on the head anew:
+  ray rsync-up deploy/{file} deploy/serve.{name}.yaml '~/serve.yaml'
+  ray exec deploy/{file} 'RAY_AUTH_MODE=token ~/ernie/bin/serve deploy ~/serve.yaml'
+Take all of it away:
   ray down deploy/{file}"""
 _RUN_LOCAL = """\
 Run, from the folder above this one:

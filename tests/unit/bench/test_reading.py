@@ -31,7 +31,7 @@ def read(*lines: str) -> Record:
 
 def test_times_are_those_of_pieces_of_text_and_tokens_those_of_the_server() -> None:
     record = read(line(role="assistant"), line(content="a"), ": a comment", line(content="b"), line(content="c"), *END)
-    assert (record.ttft_s, record.last_s, record.gaps_s, record.latency_s) == (2.0, 5.0, (2.0, 1.0), 20.0)
+    assert (record.ttft_s, record.gaps_s, record.latency_s) == (2.0, (2.0, 1.0), 20.0)
     assert (record.num_tokens, record.num_prompt_tokens, record.num_cached_tokens) == (9, 5, 2)
     assert record.is_whole
     assert (record.began_s, record.ended_s) == (1000.0, 1020.0)

@@ -144,7 +144,7 @@ def test_errors_are_kept_with_an_example() -> None:
 def side(num: int, latency_s: float, error: str = "") -> Side:
     tally = Tally()
     for _ in range(num):
-        tally.add(Record("chat", 0.0, latency_s, latency_s / 2, latency_s, (latency_s / 2,), 11, error=error), Slo())
+        tally.add(Record("chat", 0.0, latency_s, latency_s / 2, (latency_s / 2,), 11, error=error), Slo())
     return Side("http://x", "m", tally, 2.0, {error: "why"} if error else {}, Sketch())
 
 
@@ -170,7 +170,7 @@ def test_json_has_rates_over_the_duration_and_what_adds_up() -> None:
 def test_a_course_is_drawn_whatever_happened(ends: list[float]) -> None:
     book = Book()
     for at_s in ends:
-        book.add(Record("chat", at_s - 1, 1.0, 0.5, 1.0, (0.1,), 5), Slo())
+        book.add(Record("chat", at_s - 1, 1.0, 0.5, (0.1,), 5), Slo())
     width, parts = windows(book.seconds)
     assert merged(parts) == book.total
     assert len(parts) <= 240

@@ -18,13 +18,12 @@ WHOLE = Record(
     100.0,
     2.0,
     ttft_s=0.5,
-    last_s=2.0,
     gaps_s=(0.5, 1.0),
     num_tokens=16,
     num_prompt_tokens=7,
     num_cached_tokens=4,
 )
-FAILED = replace(WHOLE, error="HTTP 429", num_tokens=0, ttft_s=None, last_s=None, gaps_s=())
+FAILED = replace(WHOLE, error="HTTP 429", num_tokens=0, ttft_s=None, gaps_s=())
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 
 
@@ -36,7 +35,6 @@ def records(draw: st.DrawFn) -> Record:
         draw(st.floats(0, 5)),
         (times[-1] if times else 0.0) + draw(st.floats(0.001, 1)),
         ttft_s=times[0] if times else None,
-        last_s=times[-1] if times else None,
         gaps_s=tuple(b - a for a, b in itertools.pairwise(times)),
         num_tokens=draw(st.integers(0, 9)),
         error=draw(st.sampled_from(["", "", "HTTP 503", "timeout"])),

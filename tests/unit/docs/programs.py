@@ -129,7 +129,7 @@ def _click(program: Any, name: str, arguments: list[str]) -> None:
 
 
 def _pip(arguments: list[str]) -> None:
-    assert arguments[0] == "install", "the documents install only"
+    assert arguments[0] in ("install", "wheel"), f"pip {arguments[0]}: teach it here"
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in arguments[1:]:
         if found := re.search(r"\[(.*)\]", word):
