@@ -22,6 +22,8 @@ class Duty:
         self._args = args
         self.role: Role = args.role
         self.is_draining = False
+        self.is_leaving = False
+        """Its process is about to end, and nobody can call it back."""
         self.within_s: float | None = None
         """After how long it parts with what it has, as it was told; None = never, or it does not drain."""
 

@@ -27,6 +27,7 @@ def load_of(now: WorkerSnapshot, duty: Duty, token_bytes: int) -> Load:
         token_bytes=token_bytes,
         role=duty.role,
         is_draining=duty.is_draining,
+        is_leaving=duty.is_leaving,
         within_s=duty.within_s,
         num_prompts=now.num_prompts,
         num_answers=now.num_answers,

@@ -107,6 +107,8 @@ class Load:
     """What it does at present; None = as it was started."""
     is_draining: bool = False
     """An operator or the autoscaler wants it to take no more."""
+    is_leaving: bool = False
+    """It takes no more for good: its process is about to end."""
     within_s: float | None = None
     """After how long it then parts with what it has, as it was told; None = never."""
     num_prompts: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from ernie_cluster.actors.duty import Duty
@@ -20,8 +21,9 @@ class Parting:
 
     def __init__(self, duty: Duty, part: Callable[[], None], stay: Callable[[], None]) -> None:
         self._duty, self._part, self._stay = duty, part, stay
-        self._timer: asyncio.TimerHandle | None = None
-        self._is_leaving = False
+        self._timer: asyncio.Handle | None = None
+        self._at_s = math.inf
+        """When the timer ends, on the loop's clock; uvloop's handles do not tell."""
 
     def drain(self, is_draining: bool, within_s: float | None = None) -> None:
         """Prefer others from now on, or no more.
@@ -37,7 +39,7 @@ class Parting:
             if within_s is not None:
                 self._arm(within_s)
             return
-        if self._is_leaving:
+        if self._duty.is_leaving:
             raise OrderRefused("this replica is being stopped and cannot take work again")
         if self._timer is not None:
             self._timer.cancel()
@@ -47,13 +49,14 @@ class Parting:
 
     def leave(self, within_s: float) -> None:
         """Drain, part after so many seconds, and do not turn back."""
-        self._is_leaving = True
+        self._duty.is_leaving = True
         self.drain(True, within_s)
 
     def _arm(self, within_s: float) -> None:
         loop = asyncio.get_running_loop()
+        at_s = loop.time() + within_s
         if self._timer is not None:
-            if self._timer.when() <= loop.time() + within_s:
+            if self._at_s <= at_s:
                 return
             self._timer.cancel()
-        self._timer = loop.call_later(within_s, self._part)
+        self._timer, self._at_s = loop.call_at(at_s, self._part), at_s

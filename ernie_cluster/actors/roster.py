@@ -261,6 +261,7 @@ class Roster:
             home=info.role,
             role=self._role(info, load),
             is_draining=self._is_draining(info, load),
+            is_leaving=any(load.is_leaving for load in loads),
             load=used + sum(load.waiting_tokens for load in loads),
             num_prompts=sum(load.num_prompts for load in loads),
             num_answers=sum(load.num_answers for load in loads),

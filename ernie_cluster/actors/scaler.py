@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ernie_cluster.actors import background
@@ -134,7 +135,7 @@ class Scaler:
             self._look({model: [] for model, _ in self.gpus}, now_s)
             return
         gangs = self._gangs()
-        begun = self._plan.within([g for g in gangs if g.gang_id in (self._running or ())])
+        begun = self._plan.within([g for g in gangs if g.is_listed])
         for gang_id in sorted(begun.stopping - self._plan.stopping):
             log.info("%s had started when it was given up: it stops", gang_id)
         self._plan = begun.settled(gangs)
@@ -151,7 +152,14 @@ class Scaler:
 
     def _gangs(self) -> list[Gang]:
         """Those that have registered, and those that Serve runs besides."""
-        known = self._roster.gangs()
+        known = [
+            replace(
+                g,
+                is_listed=g.gang_id in (self._running or ()),
+                is_leaving=g.is_leaving or g.gang_id in self._restarting,
+            )
+            for g in self._roster.gangs()
+        ]
         silent = (self._running or frozenset()) - {g.gang_id for g in known}
         found = [(gang_id, pool_of(gang_id)) for gang_id in sorted(silent)]
         return known + [Gang(i, *pool, pool[1], is_silent=True) for i, pool in found if pool in self.gpus]

@@ -172,6 +172,7 @@ class VisionRank:
             token_bytes=self._encoder.token_bytes,
             role=self._duty.role,
             is_draining=self._duty.is_draining,
+            is_leaving=self._duty.is_leaving,
             within_s=self._duty.within_s,
             num_prompts=len(self._running),
             work=Work(num_prompts=int(done.n), prompt_tokens=int(done.x), reading=done),

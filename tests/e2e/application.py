@@ -193,7 +193,8 @@ class Application:
         return f"{promises} promises are open" if promises else ""
 
     def objection_to_ready(self) -> str:
-        """Why the application is not whole: /ready, and as many replicas as were configured; "" if it is."""
+        """Why the application is not whole: /ready, and as many replicas as were configured, none of which comes or goes;
+        "" if it is."""
         if (response := self.get("/ready")).status_code != 200:
             return response.text
         for model in self.config.models:
@@ -203,7 +204,9 @@ class Application:
                 found = len(self.replicas(model.name, pool.role))
                 if found != (wanted := pool.num_replicas * pool.dp):
                     return f"{found} of {wanted} {pool.role} replicas of {model.name}"
-        return ""
+        sleepers = {m.name for m in self.config.models if m.idle_to_zero_s is not None}
+        moving = [r for r in self.get("/admin/status").json()["replicas"] if r["phase"] != "ready"]
+        return ", ".join(f"{r['replica']} is {r['phase']}" for r in moving if r["model"] not in sleepers)
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:

@@ -105,7 +105,7 @@ def _shrink(unit: Unit, memory: ModelMemory, ledger: Ledger, *, is_busy: bool) -
     """Let a unit give up what it has not needed for long enough; the model's memory afterwards."""
     now_s = ledger.now_s
     since = memory.vision_low_since_s if unit.is_vision else memory.low_since_s
-    if unit.have <= unit.keep or is_busy:
+    if unit.sure <= unit.keep or is_busy:
         since = None
     elif since is None:
         since = now_s

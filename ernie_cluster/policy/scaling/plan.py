@@ -30,8 +30,12 @@ class Gang:
     """At present, or as it was told to be."""
     is_draining: bool = False
     """It takes no more, or was told so."""
+    is_leaving: bool = False
+    """Its process ends soon; where its pool is to have as many, another one comes in its place."""
     is_silent: bool = False
     """It has not registered yet, or not again: nothing is known of it but where it was started."""
+    is_listed: bool = True
+    """Serve counts it among those that run. It does so a while after one has registered, and no more when it stops one."""
     load: float = 0.0
     num_prompts: int = 0
     num_answers: int = 0
@@ -88,11 +92,12 @@ class Plan:
             gpus: that one replica of each pool holds; every pool that there is.
         """
         found: dict[str, list[ReplicaState]] = {model: [] for model, _ in gpus}
-        there = Counter[PoolKey]()
+        gangs = list(gangs)
+        staying = [g for g in gangs if self._stays(g)]
+        there = Counter(g.pool for g in staying)
+        surplus = self._surplus(staying, there)
         for gang in gangs:
-            if gang.gang_id not in self.stopping:
-                there[gang.pool] += 1
-            phase = self.phase(gang)
+            phase = "draining" if gang.gang_id in surplus else self.phase(gang)
             found[gang.model].append(ReplicaState(gang.gang_id, gang.role, gpus[gang.pool], phase, gang.load))
         for (model, home), held in gpus.items():
             for i in range(self.counts.get((model, home), 0) - there[model, home]):
@@ -104,11 +109,25 @@ class Plan:
 
     def phase(self, gang: Gang) -> Phase:
         """What a gang is in the middle of."""
-        if gang.is_draining or gang.gang_id in self.stopping:
+        if gang.is_draining or not self._stays(gang):
             return "draining"
         if gang.is_silent:
             return "silent"
         return "switching" if gang.gang_id in self.switching else "ready"
+
+    def _stays(self, gang: Gang) -> bool:
+        """Whether it is one of those that its pool is to have."""
+        return not (gang.is_leaving or gang.gang_id in self.stopping)
+
+    def _surplus(self, staying: Iterable[Gang], there: Mapping[PoolKey, int]) -> set[str]:
+        """Gangs beyond what their pools are to have, whom Serve or `within` is about to stop: nobody else has to for them."""
+        over = Counter({pool: n - self.counts[pool] for pool, n in there.items() if pool in self.counts})
+        found = set[str]()
+        for gang in sorted(staying, key=lambda g: (g.is_listed, *_order(g))):
+            if over[gang.pool] > 0:
+                over[gang.pool] -= 1
+                found.add(gang.gang_id)
+        return found
 
     def settled(self, gangs: Sequence[Gang]) -> Plan:
         """The plan after what has happened: who has ended, which moves can go on, who has finished its former work."""
@@ -131,10 +150,10 @@ class Plan:
         """
         plan, over = self, Counter[PoolKey]()
         for gang in gangs:
-            over[gang.pool] += gang.gang_id not in self.stopping
+            over[gang.pool] += self._stays(gang)
         over.subtract(self.counts)
-        for gang in sorted(gangs, key=lambda g: (not g.is_draining, g.load, g.gang_id)):
-            if over[gang.pool] > 0 and gang.gang_id not in self.stopping:
+        for gang in sorted(gangs, key=_order):
+            if over[gang.pool] > 0 and self._stays(gang):
                 over[gang.pool] -= 1
                 plan = plan._ending(gang.gang_id)
                 move = next((m for m in plan.moves if gang.pool in m.unstarted), None)
@@ -216,6 +235,11 @@ class Plan:
             return self
         moves = tuple(m for m in self.moves if gang.gang_id not in m.stops)
         return replace(self, stopping=self.stopping - {gang.gang_id}, moves=moves)._resized(gang.pool, 1)
+
+
+def _order(gang: Gang) -> tuple[bool, float, str]:
+    """Those first whose end would be missed least."""
+    return not gang.is_draining, gang.load, gang.gang_id
 
 
 def _without(pools: tuple[PoolKey, ...], one: PoolKey) -> tuple[PoolKey, ...]:

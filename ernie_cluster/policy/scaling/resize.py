@@ -68,7 +68,7 @@ class Ledger:
 
     def shrink(self, unit: Unit, low_for_s: float) -> None:
         """Stop what has not been needed for long."""
-        count = min(unit.have - unit.keep, self._most(unit.have))
+        count = min(unit.sure - unit.keep, self._most(unit.have))
         reason = f"{unit.keep} of {unit.have} are enough for the last peak and have been for {low_for_s:.0f} s"
         by_role: dict[Role, list[str]] = {}
         for stop in self._spare(unit, count):
@@ -148,7 +148,7 @@ class Ledger:
         if not unit.gpus or not donor.gpus:
             return []
         count = max(1, math.ceil((unit.gpus - max(0.0, self.free)) / donor.gpus - ROUNDING))
-        left = donor.have - count
+        left = donor.sure - count
         if left < donor.least:
             return []
         if not is_fair:
@@ -184,7 +184,7 @@ class Ledger:
 
     def _may_lose(self, state: ModelState, bounds: ModelBounds, role: Role) -> bool:
         pool = bounds.pool(role)
-        count = state.count(role)
+        count = state.count(role) - state.silent(role)
         if pool is not None and count <= pool.min_replicas:
             return False
         if role == "vision" or count > 1:

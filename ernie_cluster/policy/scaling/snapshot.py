@@ -79,6 +79,10 @@ class ModelState:
         """Replicas that do this or will."""
         return sum(r.role == role and r.counts for r in self.replicas)
 
+    def silent(self, *roles: Role) -> int:
+        """Those that may be dead for all that is known."""
+        return sum(r.role in roles and r.phase == "silent" for r in self.replicas)
+
 
 @dataclass(frozen=True, slots=True)
 class ScalingSnapshot:

@@ -38,6 +38,12 @@ class Unit:
     """Replicas, as a real number."""
     gpus: float
     """Of the next one."""
+    silent: int = 0
+    """Of `have`, those of whom nobody knows whether they still serve: others are not given up because of them."""
+
+    @property
+    def sure(self) -> int:
+        return self.have - self.silent
 
     @property
     def missing(self) -> int:
@@ -68,7 +74,8 @@ def units_of(state: ModelState, bounds: ModelBounds, now: Needs, peak: Needs) ->
         least = max(pool.min_replicas, min(1, pool.max_replicas) if bounds.floor or is_seeing else 0)
         want, keep = (min(max(n, least), pool.max_replicas) for n in (want, keep))
         pressure = math.inf if is_seeing and not have else (need or 0.0) / max(have, 1)
-        units.append(Unit(state.name, True, have, want, max(keep, want), least, pressure, need or 0.0, pool.gpus))
+        keep, silent = max(keep, want), state.silent("vision")
+        units.append(Unit(state.name, True, have, want, keep, least, pressure, need or 0.0, pool.gpus, silent))
     return units
 
 
@@ -86,7 +93,8 @@ def _engines(state: ModelState, bounds: ModelBounds, now: Needs, peak: Needs) ->
         want = keep = max(split.total, least)
         need, pressure = float(split.total), 1.0 if split.serves else math.inf
     want, keep = (min(max(n, least), most) for n in (want, keep))
-    return Unit(state.name, False, split.total, want, max(keep, want), least, pressure, need, pool.gpus)
+    keep, silent = max(keep, want), state.silent(*ENGINE_ROLES)
+    return Unit(state.name, False, split.total, want, keep, least, pressure, need, pool.gpus, silent)
 
 
 def next_role(split: Split, bounds: ModelBounds, needs: Needs) -> Role:

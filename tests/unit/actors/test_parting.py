@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import uvloop
 
 from ernie_cluster.actors.duty import Duty
 from ernie_cluster.actors.engine_rank import EngineRank
@@ -35,12 +37,14 @@ class Rank:
         self.has_parted.set()
 
 
-def play(test: Any) -> None:
-    asyncio.run(asyncio.wait_for(test(), 30))
+def play(test: Any, loop: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(asyncio.wait_for(test(), 30))
 
 
-@pytest.mark.parametrize("first", [None, LONG_S])
-def test_the_sooner_of_two_times_counts(first: float | None) -> None:
+@pytest.mark.parametrize("loop", [None, uvloop.new_event_loop])  # Ray's actors run on uvloop
+@pytest.mark.parametrize("first", [None, LONG_S, 0.0])
+def test_the_sooner_of_two_times_counts(first: float | None, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     async def test() -> None:
         rank = Rank()
         rank.parting.drain(True, first)
@@ -50,7 +54,7 @@ def test_the_sooner_of_two_times_counts(first: float | None) -> None:
         await rank.has_parted.wait()
         assert (rank.did, rank.duty.within_s) == (["part"], 0.0)
 
-    play(test)
+    play(test, loop)
 
 
 def test_who_stays_does_not_part() -> None:

@@ -31,6 +31,18 @@ CONFIG = ClusterConfig(
     ),
     scaling=AutoscalerConfig(drain_timeout_s=300.0),
 )
+PINNED = replace(
+    CONFIG,
+    models=(
+        replace(
+            CONFIG.models[0],
+            pools=tuple(replace(p, min_replicas=p.num_replicas, max_replicas=p.num_replicas) for p in POOLS),
+        ),
+        CONFIG.models[1],
+    ),
+    scaling=AutoscalerConfig(budget=CONFIG.budget + 2, down_delay_s=3.0),
+)
+"""Nobody may be added or stopped, and there are cores for more."""
 GANGS = ("m/prefill/a", "m/decode/b", "m/decode/c", "sleepy/mixed/d")
 SLEEPY = GANGS[-1]
 
@@ -297,5 +309,52 @@ def test_where_nothing_scales_it_only_looks() -> None:
         await s.step(2)
         assert s.scaler.phase(s.roster.there["m/decode/b"]) == "ready"
         assert (s.scaler.decision, s.log) == (None, [])
+
+    run(play())
+
+
+@pytest.mark.parametrize("why", ["drained", "restarted", "leaving"])
+def test_more_is_started_for_one_that_drains_and_not_for_one_that_is_replaced(why: str) -> None:
+    """Who ends by itself makes room for the one that Serve starts in its place."""
+    name = "m/decode/b"
+
+    async def play() -> None:
+        s = Scene(config=PINNED)
+        s.exchange()
+        await s.step(1)
+        gang = s.roster.there[name]
+        s.roster.there[name] = replace(gang, is_draining=True, is_leaving=why == "leaving")
+        if why == "restarted":
+            s.scaler.restart(gang, s.start_s + 60)
+        await s.step(2)
+        assert s.scaler.phase(s.roster.there[name]) == "draining"
+        assert s.log == (["scale_out"] if why == "drained" else [])
+        assert [r.role for m, r in s.scaler.coming() if m == "m"] == ["decode"]
+        del s.roster.there[name]
+        s.running.remove(name)
+        s.exchange()
+        await s.step(3)
+        assert s.exchange().counts["m", "decode"] == (3 if why == "drained" else 2)
+
+    run(play())
+
+
+def test_who_has_registered_before_serve_lists_it_is_given_up_for_itself() -> None:
+    """What was taken back while it started stops as such, and no other besides."""
+    late = "m/decode/late"
+
+    async def play() -> None:
+        s = Scene(config=PINNED)
+        s.exchange()
+        await s.step(1)
+        s.roster.there[late] = made(late)
+        for second in range(2, 60):
+            await s.step(second)
+        assert (s.log, s.exchange().stopping) == ([], set())
+        s.running.append(late)
+        s.exchange()
+        await s.step(60)
+        assert len(s.exchange().stopping) == 1
+        assert s.exchange().counts["m", "decode"] == 2
 
     run(play())

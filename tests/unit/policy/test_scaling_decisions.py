@@ -247,3 +247,28 @@ def test_figures_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_replicas = 1 must be at least"):
         PoolBounds("mixed", 1, 2, 1)
     assert ReplicaState("r", "mixed", phase="planned").holds_gpus is False
+
+
+def test_nobody_is_given_up_because_of_one_that_may_be_dead() -> None:
+    """It counts, so that nothing is started for it; and it does not, so that nobody else stops."""
+    limits = config(bounds("m", SPLIT))
+    there = replicas(prefill=1, decode=3)
+    for phase, stops in (("ready", 1), ("silent", 0)):
+        state = loaded("m", (*there[:-1], replace(there[-1], phase=phase)), 0.5, 1.5)  # type: ignore[arg-type]
+        memory, stopped = Memory(), list[ScaleIn]()
+        for second in range(60):
+            decision = decide(ScalingSnapshot((state,)), limits, memory, float(second))
+            memory = decision.memory
+            stopped += [a for a in decision.actions if isinstance(a, ScaleIn)]
+            assert not [a for a in decision.actions if isinstance(a, ScaleOut)]
+        assert bool(stopped) == bool(stops), phase
+
+
+def test_nobody_gives_gpus_away_because_of_one_that_may_be_dead() -> None:
+    limits = config(bounds("a", SPLIT), bounds("b", SPLIT), total_gpus=6)
+    rich = replicas(prefill=2, decode=2)
+    needy = loaded("a", replicas(prefill=1, decode=1), 1.6, 1.4)
+    for phase, moves in (("ready", 1), ("silent", 0)):
+        giver = loaded("b", tuple(replace(r, phase=phase) for r in rich[:2]) + rich[2:], 0.5, 0.5)  # type: ignore[arg-type]
+        found = [a for a in actions_of(limits, needy, giver) if isinstance(a, MoveGpus)]
+        assert bool(found) == bool(moves), phase

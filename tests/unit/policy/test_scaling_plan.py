@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -224,3 +225,30 @@ def test_who_is_silent_counts_and_is_told_nothing() -> None:
     assert [(r.replica_id, r.phase, r.counts) for r in there] == [(g.gang_id, "silent", True) for g in gangs]
     assert plan.settled(gangs) == plan, "it may still finish its former work"
     assert not idlest(ModelState("a", tuple(there)), "decode")
+
+
+def test_another_comes_for_one_that_leaves_and_nothing_is_added_for_it() -> None:
+    """Serve replaces whom it has not stopped itself: it counts as what starts in its place."""
+    serve = toy({"a": 1.0}, 0)
+    leaving = replace(serve.gangs["a/decode/2"], is_draining=True, is_leaving=True)
+    gangs = [*(g for i, g in serve.gangs.items() if i != leaving.gang_id), leaving]
+    phases = {r.replica_id: r.phase for r in serve.plan.states(gangs, serve.gpus)["a"]}
+    assert phases[leaving.gang_id] == "draining"
+    assert phases["starting/0/decode"] == "starting"
+    assert serve.plan.within(gangs) == serve.plan
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_who_is_over_the_plan_is_not_there_for_others_to_stop(is_listed: bool) -> None:
+    """Given up while it started, and there before Serve has stopped it: no other is to stop for it."""
+    serve = toy({"a": 1.0}, 0)
+    late = replace(serve.add(("a", "decode")), is_listed=is_listed, load=0.0 if is_listed else 5.0)
+    gangs = [*(g for i, g in serve.gangs.items() if i != late.gang_id), late]
+    there = serve.plan.states(gangs, serve.gpus)["a"]
+    assert len([r for r in there if r.counts]) == 4
+    assert is_listed or {r.replica_id for r in there if not r.counts} == {late.gang_id}
+
+
+def test_nobody_is_over_where_there_is_no_plan() -> None:
+    gangs = toy({"a": 1.0}, 0).gangs.values()
+    assert {r.phase for r in Plan({}).states(gangs, {("a", role): 1.0 for role in ROLES})["a"]} == {"ready"}
