@@ -30,9 +30,17 @@ Ray's own channel, therefore every constructor argument is also an attribute and
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ernie_cluster.request import Span
+
 
 class ErnieClusterError(Exception):
     """Base of all errors that are meant for a user's eyes."""
+
+    journey: tuple[Span, ...] = ()
+    """How far the request had come that this ends, where that is known; stays in its process."""
 
 
 class ConfigError(ErnieClusterError):

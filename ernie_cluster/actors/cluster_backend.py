@@ -13,8 +13,8 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,15 @@ from ernie_cluster.actors.links import router_line, translate
 from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
 from ernie_cluster.api.operator import ClusterView, DecisionView, FaultsView, Order, ReplicaView
 from ernie_cluster.config.cluster import ClusterConfig
-from ernie_cluster.errors import DeadlineExceeded, Forbidden, Overloaded, ReplicaDraining, ReplicaError, TransferFailed
+from ernie_cluster.errors import (
+    DeadlineExceeded,
+    ErnieClusterError,
+    Forbidden,
+    Overloaded,
+    ReplicaDraining,
+    ReplicaError,
+    TransferFailed,
+)
 from ernie_cluster.faults import FaultOrder, Faults
 from ernie_cluster.observe.metrics import Metrics
 from ernie_cluster.policy.retries import RetryBudget, backoff_s
@@ -64,51 +72,54 @@ class ClusterBackend:
         number = num_failures = num_moves = num_cached = 0
         recover_until, is_moving = 0.0, False
         self._budget.arrived()
-        while True:
-            attempt = dataclasses.replace(
-                request,
-                request_id=f"{request.request_id}#{number}",
-                output_token_ids=tuple(tokens),
-                timeout_s=deadline - time.monotonic(),
-            )
-            if attempt.timeout_s <= 0:
-                raise DeadlineExceeded(f"no answer within {request.timeout_s:g} s")
-            is_continued = len(tokens) > len(request.output_token_ids)
-            try:
-                if self._faults is not None:
-                    await self._faults.meet_async("api.generate")
-                async with aclosing(self._attempts.generate(attempt, number, lost, spans, accepted)) as answer:
-                    async for events in answer:
-                        for event in events:
-                            tokens.extend(event.token_ids)
-                        if not is_continued:  # what a replay finds in a cache is no saving of the client's
-                            num_cached = events[-1].num_cached_tokens
-                        yield [
-                            dataclasses.replace(e, request_id=request.request_id, num_cached_tokens=num_cached)
-                            for e in events
-                        ]
-                return
-            except Overloaded as e:  # refused before it was accepted; or it was, and waits for a place
-                if time.monotonic() + e.retry_after_s > min(recover_until, deadline):
-                    raise
-                await asyncio.sleep(e.retry_after_s * random.uniform(0.5, 1.0))  # not all of them at once
-                if is_moving:
-                    lost.clear()  # whoever parted with it may be told to stay, and be all that there is
-            except ReplicaDraining as e:  # nothing has failed, so it may wait for whoever comes instead
-                log.info("%s moves after %d tokens: %s", attempt.request_id, len(tokens), e)
-                recover_until, is_moving = deadline, True
-                self._metrics.inc("ernie_resumes_total", model=request.model, why="drained")
-                num_moves = 0 if len(tokens) > len(attempt.output_token_ids) else num_moves + 1
-                if num_moves > 1:  # until all know who is leaving, it may be sent there again and again
-                    await asyncio.sleep(backoff_s(num_moves - 1, random.random(), self._config.router))
-            except ReplicaError as e:
-                num_failures += 1
-                log.warning("%s failed after %d tokens: %s", attempt.request_id, len(tokens), e)
-                if isinstance(e, TransferFailed):
-                    self._metrics.inc("ernie_transfer_failures_total", model=request.model, reason=type(e).__name__)
-                await self._pause(e, request.model, num_failures, deadline)
-                recover_until = time.monotonic() + _RECOVERY_S
-            number += 1
+        with _noting(spans):
+            while True:
+                attempt = dataclasses.replace(
+                    request,
+                    request_id=f"{request.request_id}#{number}",
+                    output_token_ids=tuple(tokens),
+                    timeout_s=deadline - time.monotonic(),
+                )
+                if attempt.timeout_s <= 0:
+                    raise DeadlineExceeded(f"no answer within {request.timeout_s:g} s")
+                is_continued = len(tokens) > len(request.output_token_ids)
+                try:
+                    if self._faults is not None:
+                        await self._faults.meet_async("api.generate")
+                    async with aclosing(self._attempts.generate(attempt, number, lost, spans, accepted)) as answer:
+                        async for events in answer:
+                            for event in events:
+                                tokens.extend(event.token_ids)
+                            if not is_continued:  # what a replay finds in a cache is no saving of the client's
+                                num_cached = events[-1].num_cached_tokens
+                            yield [
+                                dataclasses.replace(e, request_id=request.request_id, num_cached_tokens=num_cached)
+                                for e in events
+                            ]
+                    return
+                except Overloaded as e:  # refused before it was accepted; or it was, and waits for a place
+                    if time.monotonic() + e.retry_after_s > min(recover_until, deadline):
+                        raise
+                    await asyncio.sleep(e.retry_after_s * random.uniform(0.5, 1.0))  # not all of them at once
+                    if is_moving:
+                        lost.clear()  # whoever parted with it may be told to stay, and be all that there is
+                except ReplicaDraining as e:  # nothing has failed, so it may wait for whoever comes instead
+                    spans.append(_failed(e))
+                    log.info("%s moves after %d tokens: %s", attempt.request_id, len(tokens), e)
+                    recover_until, is_moving = deadline, True
+                    self._metrics.inc("ernie_resumes_total", model=request.model, why="drained")
+                    num_moves = 0 if len(tokens) > len(attempt.output_token_ids) else num_moves + 1
+                    if num_moves > 1:  # until all know who is leaving, it may be sent there again and again
+                        await asyncio.sleep(backoff_s(num_moves - 1, random.random(), self._config.router))
+                except ReplicaError as e:
+                    spans.append(_failed(e))
+                    num_failures += 1
+                    log.warning("%s failed after %d tokens: %s", attempt.request_id, len(tokens), e)
+                    if isinstance(e, TransferFailed):
+                        self._metrics.inc("ernie_transfer_failures_total", model=request.model, reason=type(e).__name__)
+                    await self._pause(e, request.model, num_failures, deadline)
+                    recover_until = time.monotonic() + _RECOVERY_S
+                number += 1
 
     async def knock(self, model: str, max_tokens: int, priority: int, timeout_s: float) -> None:
         """See `Backend`."""
@@ -215,3 +226,18 @@ class ClusterBackend:
         """See `Backend`."""
         await self._attempts.close()
         await self._router.close()
+
+
+def _failed(error: ErnieClusterError) -> Span:
+    """Marks in a timeline where an attempt ended, which another follows; what failed stays in our logs."""
+    return Span("failed", time.time(), 0.0, (("failed", type(error).__name__),))
+
+
+@contextmanager
+def _noting(spans: list[Span]) -> Iterator[None]:
+    """The error that ends a request tells how far that had come."""
+    try:
+        yield
+    except ErnieClusterError as e:
+        e.journey = tuple(sorted(spans, key=lambda s: s.start_s))
+        raise

@@ -1,9 +1,8 @@
 """The actor that encodes: ViT and resampler, a cache of embeddings by content hash, and channels to prefill replicas.
 
 A task claims its place at the prefill replica first; the answer names the pictures that are still wanted there (the
-prefix cache may cover some). Pictures are encoded in one thread, those of all requests in turn and videos in pieces, so that
-none waits for a whole video of another's; those that are cached need not wait. Embeddings follow at once. Further pictures of
-the request may be another replica's.
+prefix cache may cover some). They are encoded in one thread, see `encoder_thread`, and embeddings follow at once. Further
+pictures of the request may be another replica's.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import ray
@@ -25,6 +23,7 @@ from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Receivers, open_gpu, open_nixl, receive
 from ernie_cluster.actors.direct import DirectServer
 from ernie_cluster.actors.duty import Duty
+from ernie_cluster.actors.encoder_thread import EncoderThread
 from ernie_cluster.actors.messages import Batch, EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
 from ernie_cluster.actors.notice import Notice
 from ernie_cluster.actors.parting import Parting
@@ -71,8 +70,6 @@ class VisionRank:
         self._claiming: dict[str, asyncio.Future[None]] = {}
         """Tasks whose prompt the prefill replica does not know yet, to be ended when they are given up."""
         self._waiting_tokens = 0
-        self._twins: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
-        """By content hash: held by whoever encodes it."""
 
     async def load(self, meeting: Meeting | None) -> None:
         """Load the weights; a vision replica has one rank, so there is nobody to meet."""
@@ -91,9 +88,13 @@ class VisionRank:
         self._server = DirectServer(methods if self._faults is None else self._faults.guard("replica", methods))
         self._piece_bytes = config.transport.piece_bytes
         self._timeout_s = config.router.lease_timeout_s
-        self._thread = ThreadPoolExecutor(1, "encoder", initializer=give_way, initargs=(self._encoder.device,))
+        self._begin(partial(give_way, self._encoder.device))
         process.started()
         self._load_s = time.perf_counter() - start
+
+    def _begin(self, begin: Callable[[], None]) -> None:
+        timeout_s = self._args.deployment.engine.step_timeout_s
+        self._thread = EncoderThread(self._encoder, timeout_s, self._before_piece, begin)
 
     async def ready(self) -> Ready:
         """Answers once the weights are loaded."""
@@ -109,6 +110,7 @@ class VisionRank:
             TransferFailed: the prefill replica does not wait for this attempt.
             ReplicaLost: it is gone.
             ReplicaDraining: this replica parts with what it has.
+            EngineFailed: the encoder hangs.
             Aborted: nobody waits for it any more.
         """
         with self._at_work(task.request_id, list(task.media.values())):
@@ -119,12 +121,12 @@ class VisionRank:
 
         Raises:
             Aborted: nobody waits for it any more.
-            EngineFailed: as of `Encoder.pooled`.
+            EngineFailed: the encoder hangs, or as of `Encoder.pooled`.
             ReplicaDraining: as of `encode`.
         """
         with self._at_work(request_id, [media]):
-            rows, _ = await self._rows(request_id, media)
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._encoder.pool, rows)
+            rows, _ = await self._thread.rows(request_id, media)
+            return await self._thread.pool(rows)
 
     async def abort(self, request_ids: list[str]) -> None:
         """Stop before the next picture of these requests, or piece of a video."""
@@ -160,9 +162,11 @@ class VisionRank:
         return await receive(self._receivers, message, refs)
 
     async def snapshot(self) -> Load:
+        """Load now; raises EngineFailed when the encoder hangs, so that the replica is replaced."""
         return self._now()
 
     def _now(self) -> Load:
+        self._thread.look_after()
         line, done = self._encoder.pace.line, self._encoder.done
         return Load(
             num_running=len(self._running),
@@ -187,7 +191,7 @@ class VisionRank:
 
     async def stop(self) -> None:
         await self._server.close()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.close()
         await asyncio.to_thread(self._channels.close)
         await asyncio.to_thread(self._receivers.close)
 
@@ -205,31 +209,13 @@ class VisionRank:
             self._waiting_tokens -= tokens
             self._aborted.discard(request_id)
 
-    async def _rows(self, request_id: str, media: MediaInput) -> tuple[NDArray[np.uint8], bool]:
-        """See `Encoder.embed`. Who wants what is being encoded already waits for that.
-
-        Raises:
-            Aborted: nobody waits for it any more.
-            ReplicaDraining: this replica is leaving.
-        """
-        known = self._encoder.known(media)
-        if known is not None:
-            return known, True
-        async with self._twins.setdefault(media.media_hash, asyncio.Lock()):
-            known = self._encoder.known(media)
-            if known is not None:
-                return known, True
-            loop, steps, rows = asyncio.get_running_loop(), self._encoder.steps(media), None
-            while rows is None:
-                rows = await loop.run_in_executor(self._thread, self._step, request_id, steps)
-            return rows, False
-
-    def _step(self, request_id: str, steps: Iterator[NDArray[np.uint8] | None]) -> NDArray[np.uint8] | None:
+    def _before_piece(self, request_id: str) -> None:
         """In the encoder's thread, where it may have waited."""
         if request_id in self._aborted:
             raise Aborted("given up before its turn came")
         self._check_open(request_id)
-        return next(steps)
+        if self._faults is not None:
+            self._faults.meet("vision.step")
 
     def _part(self) -> None:
         self._is_parting = True
@@ -266,7 +252,7 @@ class VisionRank:
             if self._faults is not None:
                 await self._faults.meet_async("vision.encode")
             try:
-                embeds, is_hit = await self._rows(task.request_id, media)
+                embeds, is_hit = await self._thread.rows(task.request_id, media)
             except Aborted:
                 break
             encoded = time.time()

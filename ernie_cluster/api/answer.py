@@ -20,7 +20,7 @@ from ernie_cluster.api.prepare import Job
 from ernie_cluster.api.processor import Detokenizer, Processor
 from ernie_cluster.api.stops import StopStringFilter
 from ernie_cluster.api.turns import SINGLE_ROUND, Choice, Rounds, Turns
-from ernie_cluster.errors import Aborted, ReplicaError, SlowClient
+from ernie_cluster.errors import Aborted, ErnieClusterError, ReplicaError, SlowClient
 from ernie_cluster.request import FinishReason, GenerationRequest, MediaKind, Span, TokenEvent
 
 TOOL_CALLS = "tool_calls"
@@ -264,11 +264,15 @@ class Answer:
         # "Closing the iterator early" is aclose(), which all async generators have.
         events = cast("AsyncGenerator[list[TokenEvent]]", self._backend.generate(text.request))
         async with aclosing(events):
-            async for batch in events:
-                for event in batch:
-                    self._publish(turns.shown(text.push(event)))
-                    if text.finish_reason is not None:
-                        return
+            try:
+                async for batch in events:
+                    for event in batch:
+                        self._publish(turns.shown(text.push(event)))
+                        if text.finish_reason is not None:
+                            return
+            except ErnieClusterError as e:
+                text.spans += e.journey
+                raise
         raise ReplicaError(f"the answer broke off after {text.num_tokens} tokens without a reason")
 
     def _publish(self, delta: Delta) -> None:

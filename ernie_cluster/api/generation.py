@@ -129,15 +129,19 @@ class Generation(Generic[R]):
         self.look = look
         limits = service.limits
         async with Answer(backend, job, processor, rounds, max_unread_tokens=limits.max_unread_tokens) as answer:
-            if job.is_stream:
-                meter.num_unread = lambda: answer.num_unread_tokens
-                await write_stream(wire, answer, look, meter, lambda: service.traffic.num_streams, limits.keep_alive_s)
-            else:
-                await write_whole(wire, answer, look, meter)
+            try:
+                if job.is_stream:
+                    meter.num_unread = lambda: answer.num_unread_tokens
+                    await write_stream(
+                        wire, answer, look, meter, lambda: service.traffic.num_streams, limits.keep_alive_s
+                    )
+                else:
+                    await write_whole(wire, answer, look, meter)
+            finally:
+                for chosen in answer.choices:
+                    meter.stages(chosen.spans)
             meter.further(answer.num_prompt_tokens - job.num_prompt_tokens)
             meter.cached(answer.num_cached_tokens)
-            for chosen in answer.choices:
-                meter.stages(chosen.spans)
             if service.alias is not None and meter.ttft_s is not None:
                 service.alias.saw(meter.model, meter.ttft_s)
 

@@ -23,7 +23,7 @@ class Stage:
 
 STAGES = (
     Stage("vision", "before", "vision.encode"),
-    Stage("vision", "mid-encode", "vision.send"),
+    Stage("vision", "mid-encode", "vision.step"),
     Stage("vision", "mid-transfer", "transport.push", 1),
     Stage("prefill", "before", "replica.open_prefill"),
     Stage("prefill", "mid-prefill", "prefill.step", 1),

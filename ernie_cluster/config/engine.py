@@ -50,8 +50,8 @@ class EngineConfig:
     max_model_len: int | None = None
     """Most tokens of one sequence, prompt and output together, at least 2; None = the model's own bound."""
     step_timeout_s: float = 120.0
-    """A step that takes longer hangs: its rank, a collective that waits for a stuck one, a driver. Then the requests there go on
-    elsewhere, and the replica is replaced. Far above any step that ends."""
+    """A step that takes longer hangs, or the encoding of a picture: its rank, a collective that waits for a stuck one, a driver.
+    Then the requests there go on elsewhere, and the replica is replaced. Far above any that ends."""
     poison_freed_blocks: bool = False
     """For tests and debugging: overwrite KV blocks that nobody holds with NaN, on every rank, and stop an engine whose logits
     are NaN; so a block that is read after it was freed shows. Costs a write of each block when it is freed and one when it

@@ -38,6 +38,9 @@ POINTS: Mapping[str, Point] = MappingProxyType(
         "replica.poll": Point("An API process asks an engine for new tokens.", _CALL),
         "replica.tell": Point("The router asks a replica what is new; silence here looks like a dead replica.", _CALL),
         "vision.encode": Point("A picture is about to be encoded.", _PLAIN),
+        "vision.step": Point(
+            "An encoder is about to run a picture, or a piece of a video, for which it had to wait.", _PLAIN
+        ),
         "vision.send": Point("A picture is encoded, and its embeddings are about to leave.", _PLAIN),
         "prefill.step": Point("An engine is about to run a step with tokens of prompts.", _PLAIN),
         "decode.step": Point("An engine is about to run a step that has tokens of answers only.", _PLAIN),

@@ -77,7 +77,7 @@ _DRAINING = [
 
 _HANGING = [
     Scenario((HungStep(Standstill(stage_of(role, stage), "delay")),))
-    for role, stage in (("prefill", "mid-prefill"), ("decode", "mid-decode"))
+    for role, stage in (("vision", "mid-encode"), ("prefill", "mid-prefill"), ("decode", "mid-decode"))
 ]
 
 SCENARIOS = [*_BY_POINT, *_BY_SIGNAL, *_SUBTLE, *_DOUBLE, *_DRAINING, *_HANGING]

@@ -57,6 +57,7 @@ class PlayedAttempts(Attempts):
         assert epoch + 1 == len(self.requests)
         num_tokens, end = next(self._script)
         first = len(request.output_token_ids)
+        spans.append(Span("route", float(epoch), 0.0))
         for i in range(first, first + num_tokens):
             is_last = end is None and i + 1 == first + num_tokens
             reason = FinishReason.LENGTH if is_last else None
@@ -123,6 +124,16 @@ def test_retries_are_counted_by_their_reason() -> None:
     assert isinstance(backend._metrics, InMemoryMetrics)
     for reason in ("ReplicaLost", "TransferFailed"):
         assert backend._metrics.value("ernie_request_retries_total", model="tiny", reason=reason) == 1
+
+
+def test_the_error_that_ends_a_request_tells_how_far_it_had_come() -> None:
+    backend, _ = played([(1, LOST), (0, MOVED), (0, TransferFailed("checksum"))], max_attempts=2)
+    _, error = generate(backend)
+    assert isinstance(error, TransferFailed)
+    routes = [span for span in error.journey if span.name == "route"]
+    assert [span.start_s for span in routes] == [0.0, 1.0, 2.0]
+    failed = [dict(span.detail)["failed"] for span in error.journey if span.name == "failed"]
+    assert failed == ["ReplicaLost", "ReplicaDraining", "TransferFailed"], "and nothing that names a replica"
 
 
 def test_engines_know_each_attempt_by_another_name() -> None:

@@ -122,6 +122,7 @@ def test_an_engine_rank_tells_what_it_was_told_and_takes_work_all_the_same(monke
 def test_a_vision_rank_counts_the_pictures_that_it_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = rank_of(VisionRank, "vision", monkeypatch)
     rank._encoder = Encoder(tiny_vision(), CPU)
+    rank._begin(lambda: None)
     assert load_of(rank).work == Work()
     pictures = [make_image(seed, grid) for seed, grid in ((1, (1, 4, 4)), (2, (1, 4, 6)))]
     for picture in (*pictures, pictures[0]):  # the third is in the cache
@@ -137,6 +138,7 @@ def test_a_vision_rank_counts_the_pictures_that_it_encodes(monkeypatch: pytest.M
     assert told.work.reading.t > 0
     with pytest.raises(OrderRefused):
         asyncio.run(rank.become("mixed"))
+    rank._thread.close()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -41,11 +40,12 @@ def ranks(count: int, receiver: LocalReceiver, monkeypatch: pytest.MonkeyPatch) 
         channel = LocalChannel(receiver, f"vision-{number}")
         rank._encoder = Encoder(tiny_vision(), CPU)
         rank._channels = SimpleNamespace(to=lambda _, channel=channel: channel, close=channel.close)
-        rank._piece_bytes, rank._timeout_s, rank._thread = 2048, 30.0, ThreadPoolExecutor(1)
+        rank._piece_bytes, rank._timeout_s = 2048, 30.0
+        rank._begin(lambda: None)
         made.append(rank)
     yield made
     for rank in made:
-        rank._thread.shutdown()
+        rank._thread.close()
         rank._channels.close()
 
 
@@ -96,7 +96,7 @@ def test_it_shows_that_it_lives_while_its_encoder_is_busy(monkeypatch: pytest.Mo
         limits = RouterConfig(heartbeat_timeout_s=0.3)
         config = dataclasses.replace(rank._args.config, router=limits)
         rank._args = dataclasses.replace(rank._args, config=config)
-        rank._thread.submit(release.wait, 30)
+        rank._thread._thread.submit(release.wait, 30)
         worker.open_prefill(request, 0, None)
 
         async def play() -> EncodeReport:
@@ -137,7 +137,7 @@ def test_a_cached_picture_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> N
     busy = threading.Event()
     with ranks(1, LocalReceiver(worker.inbox), monkeypatch) as (rank,):
         expected, _ = rank._encoder.embed(request.media[0])
-        rank._thread.submit(busy.wait, 30)
+        rank._thread._thread.submit(busy.wait, 30)
         worker.open_prefill(request, 0, None)
 
         async def encode() -> EncodeReport:
@@ -200,12 +200,20 @@ class Turns(Encoder):
         return embeds
 
 
+def see_with(rank: Any, encoder: Turns) -> Turns:
+    """Another encoder for a rank."""
+    rank._thread.close()
+    rank._encoder = encoder
+    rank._begin(lambda: None)
+    return encoder
+
+
 def test_a_picture_waits_for_one_piece_of_a_video_that_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "PIECE_PATCHES", 1)
     worker, _ = make_worker()
     video, picture = make_image(1, (20, 4, 4)), make_image(2)
     with ranks(1, LocalReceiver(worker.inbox), monkeypatch) as (rank,):
-        rank._encoder = eyes = Turns()
+        eyes = see_with(rank, Turns())
 
         async def look() -> None:
             async with asyncio.timeout(30):
@@ -237,7 +245,7 @@ def test_two_that_want_one_video_have_it_encoded_once_also_when_the_first_gives_
     worker, _ = make_worker()
     video, other = make_image(1, (8, 4, 4)), make_image(2, (8, 4, 4))
     with ranks(1, LocalReceiver(worker.inbox), monkeypatch) as (rank,):
-        rank._encoder = eyes = Turns()
+        eyes = see_with(rank, Turns())
 
         async def look() -> None:
             async with asyncio.timeout(30):
@@ -250,4 +258,4 @@ def test_two_that_want_one_video_have_it_encoded_once_also_when_the_first_gives_
 
         asyncio.run(look())
     assert [frames.start for _, frames in eyes.seen[4:]] == [0, 0, 2, 4, 6]
-    assert not rank._twins
+    assert not rank._thread._twins

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ernie_cluster.api.stages import record_stages
+from ernie_cluster.errors import ReplicaLost
 from ernie_cluster.observe.metrics import InMemoryMetrics
 from ernie_cluster.request import Span
+from tests.fakes import FakeBackend, say
+from tests.unit.api.client import Server
 
 
 def test_each_stage_has_its_histogram() -> None:
@@ -38,3 +43,14 @@ def test_a_clock_that_was_set_back_gives_no_negative_times() -> None:
     metrics = InMemoryMetrics()
     record_stages(metrics, "m", [Span("prefill", 1.0, -3.0)])
     assert metrics.observations("ernie_prefill_seconds", model="m") == [0.0]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_an_answer_that_fails_had_done_counts(stream: bool) -> None:
+    lost = ReplicaLost("gone")
+    lost.journey = (Span("prefill", 1.0, 2.0), Span("failed", 3.0, 0.0, (("failed", "ReplicaLost"),)))
+    server = Server(FakeBackend([*say("Once", finish_reason=None), lost]))
+    response = await server.chat(stream=stream)
+    assert "a part of the service failed" in response.text
+    assert server.metrics.observations("ernie_prefill_seconds", model="tiny") == [2.0]
