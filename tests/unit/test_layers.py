@@ -20,7 +20,7 @@ BASE = {"errors", "request", "observe", "config"}
 OURS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "errors": set(),
+    "errors": {"request"},
     "request": set(),
     "observe": set(),
     "deltas": set(),
@@ -80,7 +80,7 @@ OURS: dict[str, set[str]] = {
 FOREIGN: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": set(),
-    "errors": set(),
+    "errors": {"request"},
     "request": {"numpy"},
     "observe": {"prometheus_client"},
     "deltas": set(),
