@@ -194,6 +194,13 @@ class GenerationRequest:
         """Most tokens that the sequence can ever hold."""
         return self.num_prompt_tokens + self.sampling.max_tokens
 
+    def block_hashes(self, block_size: int) -> list[bytes]:
+        """See `block_hashes`; of the prompt, and of the answer so far where it goes on from one."""
+        tokens = self.prompt_token_ids
+        if self.output_token_ids:
+            tokens = np.concatenate([tokens, np.asarray(self.output_token_ids, np.int32)])
+        return block_hashes(tokens, self.media, block_size, self.cache_salt)
+
     @property
     def position_delta(self) -> int:
         """What is added to a token's index after the prompt to get its position (all axes); <= 0."""

@@ -31,6 +31,7 @@ def load_of(now: WorkerSnapshot, duty: Duty, token_bytes: int) -> Load:
         within_s=duty.within_s,
         num_prompts=now.num_prompts,
         num_answers=now.num_answers,
+        is_lending=now.is_lending,
         work=Work(
             int(now.has_read.n), now.prompt_tokens, now.generated_tokens, now.has_read, now.has_written, now.written
         ),

@@ -23,7 +23,7 @@ from ernie_cluster.actors.engine_load import load_of
 from ernie_cluster.actors.events import EventHub
 from ernie_cluster.actors.messages import Batch, Load, Meeting, Outcome, RankArgs, Ready
 from ernie_cluster.actors.notice import Notice
-from ernie_cluster.actors.parting import Parting
+from ernie_cluster.actors.parting import HEARD_S, Parting
 from ernie_cluster.actors.telling import Teller
 from ernie_cluster.actors.upkeep import Upkeep
 from ernie_cluster.actors.visits import Pollers
@@ -223,7 +223,7 @@ class EngineRank:
 
     async def _given_notice(self) -> None:
         """This process is to end soon: its streams go elsewhere at once, whatever they have left."""
-        self._parting.leave(0.0)
+        self._parting.leave(HEARD_S)
         async with asyncio.timeout(self._args.config.router.notice_s):
             while not self._now().is_idle:  # noqa: ASYNC110  transports say so
                 await asyncio.sleep(_IDLE_PAUSE_S)

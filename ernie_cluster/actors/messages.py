@@ -115,13 +115,15 @@ class Load:
     """Requests whose prompt it computes, or whose KV it still hands over."""
     num_answers: int = 0
     """Requests that it decodes, or will, as their KV is on its way."""
+    is_lending: bool = False
+    """Others fetch from its cache, or will soon: requests that had to leave."""
     work: Work = Work()
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs, waits, is expected or is on its way to another replica."""
+        """Whether nothing runs, waits, is expected or is on its way to another replica; and nobody comes for what he left."""
         now = (self.num_running, self.num_waiting, self.waiting_tokens, self.num_leases)
-        return not any((*now, self.num_prompts, self.num_answers))
+        return not any((*now, self.num_prompts, self.num_answers, self.is_lending))
 
 
 @dataclass(frozen=True, slots=True)

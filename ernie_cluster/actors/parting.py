@@ -9,6 +9,10 @@ from collections.abc import Callable
 from ernie_cluster.actors.duty import Duty
 from ernie_cluster.errors import OrderRefused
 
+HEARD_S = 0.25
+"""In which the router hears that a replica leaves, whose process was told to end: until then it would send others there, and
+send nobody for what is cached there."""
+
 
 class Parting:
     """Owns one timer.

@@ -16,7 +16,6 @@ from ernie_cluster.errors import Aborted
 from ernie_cluster.policy.admission import Refusal
 from ernie_cluster.policy.books import Books
 from ernie_cluster.policy.breakers import Breakers
-from ernie_cluster.policy.fleet import Fleet
 from ernie_cluster.policy.forecast import Forecasts, Outlook, too_late
 from ernie_cluster.policy.routing import Path, choose_path
 from ernie_cluster.policy.trust import to_avoid
@@ -146,7 +145,9 @@ class Queue:
     def _look(self, ticket: Ticket, now_s: float) -> tuple[Path, Outlook] | Refusal:
         """What could be booked now."""
         demand, fleet = ticket.demand, self._books.fleet(now_s)
-        path = choose_path(demand, fleet, self._limits, exclude=self._to_avoid(ticket, fleet, now_s))
+        shunned = self._shunned(now_s)
+        exclude = to_avoid(fleet, demand.model, ticket.exclude, shunned)
+        path = choose_path(demand, fleet, self._limits, exclude=exclude, parted=set(ticket.exclude) - shunned)
         if isinstance(path, Refusal):
             return path
         worked_off_s = self._books.worked_off_s(path.prefill, now_s)
@@ -155,15 +156,16 @@ class Queue:
         left_s = ticket.deadline_s - now_s
         return too_late(demand, path, outlook, fleet, left_s, self._limits, is_tried=is_tried) or (path, outlook)
 
-    def _to_avoid(self, ticket: Ticket, fleet: Fleet, now_s: float) -> frozenset[str]:
-        shunned = self._books.suspects(now_s) | self._breakers.open(now_s)
-        return to_avoid(fleet, ticket.demand.model, ticket.exclude, shunned)
+    def _shunned(self, now_s: float) -> frozenset[str]:
+        """Replicas that may hang, or fail too often."""
+        return self._books.suspects(now_s) | self._breakers.open(now_s)
 
     def _refused(self, ticket: Ticket) -> Refusal:
         """What it is told that has to go: when its turn would come."""
         now_s = time.monotonic()
         fleet = self._books.fleet(now_s)
-        found = choose_path(ticket.demand, fleet, self._limits, exclude=self._to_avoid(ticket, fleet, now_s))
+        exclude = to_avoid(fleet, ticket.demand.model, ticket.exclude, self._shunned(now_s))
+        found = choose_path(ticket.demand, fleet, self._limits, exclude=exclude)
         before_s = drain_s(fleet, ticket.demand.model, self._room.work_before(ticket))
         if isinstance(found, Path):
             return Refusal(f"{ticket.demand.model!r}: others wait before it", max(self._limits.retry_after_s, before_s))

@@ -20,6 +20,7 @@ from ernie_cluster.actors import background, process
 from ernie_cluster.actors.gang import Gang
 from ernie_cluster.actors.messages import ReplicaInfo
 from ernie_cluster.actors.notice import Notice
+from ernie_cluster.actors.parting import HEARD_S
 from ernie_cluster.actors.router import find_router, renew_router
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.pool import Role
@@ -134,7 +135,7 @@ class PoolReplica:
     async def _given_notice(self) -> None:
         """The machine is taken away: what runs here goes elsewhere at once."""
         async with asyncio.timeout(self._notice_s):
-            await self._stop(finish_s=0.0)
+            await self._stop(finish_s=HEARD_S)
 
     async def _stop(self, finish_s: float = _FINISH_S) -> None:
         """No new work, then what runs may end or moves elsewhere, then the ranks give their things back."""

@@ -26,7 +26,7 @@ from ernie_cluster.actors.duty import Duty
 from ernie_cluster.actors.encoder_thread import EncoderThread
 from ernie_cluster.actors.messages import Batch, EncodeReport, EncodeTask, Load, Meeting, RankArgs, Ready
 from ernie_cluster.actors.notice import Notice
-from ernie_cluster.actors.parting import Parting
+from ernie_cluster.actors.parting import HEARD_S, Parting
 from ernie_cluster.actors.telling import Teller
 from ernie_cluster.config.pool import Role
 from ernie_cluster.deltas import Delta
@@ -230,7 +230,7 @@ class VisionRank:
 
     async def _given_notice(self) -> None:
         """This process is to end soon: no more than the picture that is being encoded."""
-        self._parting.leave(0.0)
+        self._parting.leave(HEARD_S)
         async with asyncio.timeout(self._args.config.router.notice_s):
             while self._running:  # noqa: ASYNC110  the encoder says so
                 await asyncio.sleep(_IDLE_PAUSE_S)

@@ -10,6 +10,7 @@ it holds to those that want it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from ernie_cluster.transport.base import JSON, Message
 
 log = logging.getLogger(__name__)
 
+_ASKED_S = 1.0
+"""In which those that had to leave come to ask for what they left: they have to find another replica first."""
 _TIMEOUT_S = 3.0
 """An offer that nobody has answered for this long came to a replica that never took the prompt, or gave up waiting."""
 
@@ -58,6 +61,16 @@ class Lender:
         self._engine, self._layout, self._followers = engine, layout, followers
         self._slices = SliceSender(kv, layout, piece_bytes)
         self._loans: list[_Loan] = []
+        self._asked_until_s = -math.inf
+
+    def parted(self) -> None:
+        """Requests have to leave, and may want what is here of them."""
+        self._asked_until_s = self._engine.clock() + _ASKED_S
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything is lent, or may be asked for soon; with the engine's lock held."""
+        return bool(self._loans) or self._engine.clock() < self._asked_until_s
 
     @property
     def bytes_sent(self) -> int:

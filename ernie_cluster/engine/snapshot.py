@@ -38,6 +38,8 @@ class WorkerSnapshot:
     """Requests whose prompt is computed here, or handed over."""
     num_answers: int = 0
     """Requests that are decoded here, or whose KV is on its way."""
+    is_lending: bool = False
+    """Parts of the prefix cache are on their way to others, or are asked for soon by requests that had to leave."""
     has_read: Sums = Sums()
     """See `Counters.reading`."""
     has_written: Sums = Sums()

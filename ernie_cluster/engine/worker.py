@@ -51,7 +51,7 @@ from ernie_cluster.engine.thread import EngineThread
 from ernie_cluster.engine.warm_up import warm_up
 from ernie_cluster.errors import EngineFailed, Overloaded, TransferFailed
 from ernie_cluster.grammar.compile import Compiler
-from ernie_cluster.request import GenerationRequest, RequestFailed, block_hashes
+from ernie_cluster.request import GenerationRequest, RequestFailed
 from ernie_cluster.transport.base import Channel
 
 
@@ -244,6 +244,8 @@ class Worker:
         What is being handed over arrives first, and what is cached here may be lent on.
         """
         with self.engine.lock:
+            if self.engine.sequences:
+                self.lender.parted()
             self.engine.is_parting = True
             waiting = [*self._openings.request_ids(), *self.inbox.request_ids()]
             for request_id in waiting:
@@ -288,6 +290,7 @@ class Worker:
                 writing=engine.writing.line,
                 num_prompts=num_prompts + len(self._openings),
                 num_answers=num_answers + self.inbox.num_expected,
+                is_lending=self.lender.is_wanted,
                 has_read=counters.reading,
                 has_written=counters.writing,
                 written=counters.written,
@@ -315,7 +318,7 @@ class Worker:
     def _hashes(self, request: GenerationRequest) -> list[bytes]:
         if not self.settings.enable_prefix_cache:
             return []
-        return block_hashes(request.prompt_token_ids, request.media, self.settings.block_size, request.cache_salt)
+        return request.block_hashes(self.settings.block_size)
 
     def _check_alive(self) -> None:
         if self.failure is not None:

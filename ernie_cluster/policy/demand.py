@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ernie_cluster.config.engine import EngineConfig
 from ernie_cluster.deltas import short_hash
 from ernie_cluster.policy.snapshot import Demand, Picture
-from ernie_cluster.request import GenerationRequest, MediaInput, block_hashes
+from ernie_cluster.request import GenerationRequest, MediaInput
 
 
 def demand_of(request: GenerationRequest, engine: EngineConfig) -> Demand:
@@ -18,9 +18,7 @@ def demand_of(request: GenerationRequest, engine: EngineConfig) -> Demand:
     """
     num_done = len(request.output_token_ids)
     num_tokens = request.num_prompt_tokens + num_done
-    chain: list[bytes] = []
-    if engine.enable_prefix_cache:
-        chain = block_hashes(request.prompt_token_ids, request.media, engine.block_size, request.cache_salt)
+    chain = request.block_hashes(engine.block_size) if engine.enable_prefix_cache else []
     return Demand(
         model=request.model,
         num_prompt_tokens=num_tokens,

@@ -1,7 +1,8 @@
 """From which replica a prompt's prefix is fetched where it is to be computed: any that holds more of it, if that is faster.
 
 What was told of a cache may be gone when it is asked for, and then the time was lost; so what the way takes counts more than
-once. Replicas of all roles lend, decode too: it holds the chats that it has written.
+once. Replicas of all roles lend, decode too: it holds the chats that it has written. So do those that part with their requests,
+which then need not be computed again elsewhere.
 """
 
 from __future__ import annotations
@@ -51,11 +52,13 @@ class Sources:
         trail: of its chain.
         pools: whose replicas have KV, one of each role.
         allowed: the replicas that may be asked.
+        parted: those that may be asked, too, while they drain.
     """
 
-    def __init__(self, trail: Trail, pools: tuple[Pool, Pool, Pool], allowed: int) -> None:
+    def __init__(self, trail: Trail, pools: tuple[Pool, Pool, Pool], allowed: int, parted: int) -> None:
         self._pools = a, b, c = pools
-        self._depth, self._mask = trail.present(allowed & (a.mask | b.mask | c.mask))
+        parting = (allowed | parted) & (a.parting | b.parting | c.parting)
+        self._depth, self._mask = trail.present(allowed & (a.mask | b.mask | c.mask) | parting)
         self._lenders: dict[int, list[Member]] = {}  # by the set that they are the best of
 
     def best(self, target: ReplicaSnapshot, depth: int) -> Offer | None:
@@ -68,7 +71,7 @@ class Sources:
         if num_tokens * target.rates.token_s <= _DOUBT * _FETCH_S:
             return None
         (a, b, c), node = self._pools, target.node_id
-        near = self._mask & (a.nodes.get(node, 0) | b.nodes.get(node, 0) | c.nodes.get(node, 0))
+        near = self._mask & (a.on(node) | b.on(node) | c.on(node))
         best_s, source = math.inf, ""
         for member in self._least_busy(near or self._mask):
             now = member.now
@@ -81,10 +84,9 @@ class Sources:
         return Offer(Fetch(source, self._depth, timeout_s), _DOUBT * fetch_s)
 
     def _least_busy(self, among: int) -> list[Member]:
-        """One of each role at most."""
+        """One of each role at most, beside those that part."""
         if among not in self._lenders:
-            pools = [pool for pool in self._pools if among & pool.mask]
-            self._lenders[among] = [member for pool in pools for member in pool.best(among, _tells_weight, 1)]
+            self._lenders[among] = [m for pool in self._pools for m in pool.lenders(among, _tells_weight)]
         return self._lenders[among]
 
 

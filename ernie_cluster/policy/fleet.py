@@ -59,6 +59,8 @@ class Pool:
         """Those to which new work may be sent."""
         self.nodes: defaultdict[str, int] = defaultdict(int)
         """The same by node."""
+        self.parting = 0
+        """Those that take no new work, and may still be asked for what they hold."""
         self.ring = Ring()
         """The same, for pictures."""
         self.capacity = 0
@@ -91,6 +93,26 @@ class Pool:
                     break
         return found
 
+    def lenders(self, among: int, fits: Callable[[ReplicaSnapshot], bool]) -> list[Member]:
+        """Who of `among` may be asked for what it holds: the best usable one, and all that part."""
+        found, parting = self.best(among, fits, 1), among & self.parting
+        while parting:
+            slot = parting.bit_length() - 1
+            parting ^= 1 << slot
+            if fits(self._members[slot].now):
+                found.append(self._members[slot])
+        return found
+
+    def on(self, node_id: str) -> int:
+        """Usable and parting ones of a node."""
+        mask, parting = self.nodes.get(node_id, 0), self.parting
+        while parting:
+            slot = parting.bit_length() - 1
+            parting ^= 1 << slot
+            if self._members[slot].now.node_id == node_id:
+                mask |= 1 << slot
+        return mask
+
     def _sorted(self, among: int) -> list[_Entry]:
         """The part of the order that is about these."""
         found = []
@@ -116,8 +138,11 @@ class Pool:
                 self.nodes[now.node_id] |= member.bit
                 if now.role == "vision":
                     self.ring.add(now.replica_id, member.slot)
-        elif self.mask & member.bit:
+            return
+        if self.mask & member.bit:
             self._retire(member.slot, now)
+        if now.is_ready:
+            self.parting |= member.bit
 
     def update(self, member: Member, now: ReplicaSnapshot) -> None:
         """The new load of a replica that is here."""
@@ -133,6 +158,7 @@ class Pool:
 
     def _remove(self, member: Member) -> None:
         del self._members[member.slot]
+        self.parting &= ~member.bit
         if size := member.now.total_blocks * member.now.block_size:
             self._capacities[size] -= 1
             if not self._capacities[size]:
@@ -223,6 +249,8 @@ class Fleet:
             assert len(pool) == len(own), f"{model} {role}: {len(pool)} replicas, not {len(own)}"
             assert pool.usable == [m.now for m in ranked], f"{model} {role} is out of order"
             assert pool.mask == sum(m.bit for m in ranked), f"{model} {role}: another set is usable"
+            parting = sum(m.bit for m in own if m.now.is_ready and m.now.is_draining)
+            assert pool.parting == parting, f"{model} {role}: others part"
             sizes = [m.now.total_blocks * m.now.block_size for m in own if m.now.total_blocks]
             assert pool.capacity == max(sizes, default=0), f"{model} {role}: capacity {pool.capacity}"
 

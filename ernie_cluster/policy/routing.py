@@ -102,17 +102,23 @@ _Way = tuple[float, str, str, _Start, _Partner | None]
 
 
 def choose_path(
-    demand: Demand, fleet: Fleet, limits: RouterConfig, *, exclude: Collection[str] = frozenset()
+    demand: Demand,
+    fleet: Fleet,
+    limits: RouterConfig,
+    *,
+    exclude: Collection[str] = frozenset(),
+    parted: Collection[str] = frozenset(),
 ) -> Path | Refusal:
     """Pick encoder, prefill and decode together, or refuse.
 
     Args:
         exclude: ids of replicas not to be used, for example those that just failed this request.
+        parted: those of them that may still be asked for a prefix while they drain.
     """
     never = never_fits(demand, fleet)
     if never is not None:
         return never
-    search = _Search(demand, fleet, limits, ~fleet.bits(exclude))
+    search = _Search(demand, fleet, limits, ~fleet.bits(exclude), fleet.bits(parted))
     best = min(search.ways(), default=None)
     return refuse(demand, fleet, limits, exclude=exclude) if best is None else search.path(best)
 
@@ -120,7 +126,7 @@ def choose_path(
 class _Search:
     """One decision under way."""
 
-    def __init__(self, demand: Demand, fleet: Fleet, limits: RouterConfig, allowed: int) -> None:
+    def __init__(self, demand: Demand, fleet: Fleet, limits: RouterConfig, allowed: int, parted: int) -> None:
         self._demand, self._fleet, self._allowed = demand, fleet, allowed
         self._need = Need.of(demand, limits)
         self._is_short = demand.num_prompt_tokens <= limits.local_decode_tokens
@@ -133,7 +139,7 @@ class _Search:
         self._trail = fleet.holders.trail(demand.chain)
         self._sources: Sources | None = None
         if limits.fetch_prefixes:
-            self._sources = Sources(self._trail, (self._prefill, self._mixed, self._decode), allowed)
+            self._sources = Sources(self._trail, (self._prefill, self._mixed, self._decode), allowed, parted)
         self._num_seen = 0
         self._least_s = math.inf
 

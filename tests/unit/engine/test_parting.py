@@ -8,8 +8,8 @@ import pytest
 
 from ernie_cluster.errors import ReplicaDraining
 from tests.tiny import make_request
-from tests.unit.engine.pair import LEASE_S, PROMPT, STAGES, Pair, Stage, committed, decoding
-from tests.unit.engine.toy import answer
+from tests.unit.engine.pair import BLOCK_SIZE, LEASE_S, PROMPT, STAGES, Pair, Stage, committed, decoding
+from tests.unit.engine.toy import ManualChannel, answer
 
 at_every_stage = pytest.mark.parametrize("stage", STAGES)
 
@@ -65,23 +65,46 @@ def test_a_hand_over_that_has_begun_is_not_cut_off() -> None:
     assert not pair.prefill_errors
 
 
-def test_what_leaves_still_lends_what_it_has_cached() -> None:
+def test_what_leaves_lends_the_prompt_and_what_it_has_written() -> None:
     first, second = Pair(), Pair()
-    request = make_request(PROMPT, "a", max_tokens=6)
+    request = make_request(PROMPT, "a", max_tokens=12)
     first.open(request)
     decoding(first)
+    while len(first.tokens("a")) < 2 * BLOCK_SIZE:
+        first.decode.engine.step()
     first.decode.part()
     first.run()
-    again = dataclasses.replace(request, request_id="b", output_token_ids=tuple(first.tokens("a")))
+    done = first.tokens("a")
+    again = dataclasses.replace(request, request_id="b", output_token_ids=tuple(done))
     second.decode.open_decode(again, 1)
     second.prefill.open_prefill(again, 1, second.channel, prefix_s=1.0)
-    to_second = type(second.channel)(second.prefill.inbox)
-    first.decode.lend(again, 1, 2, to_second)
-    for _ in range(20):
-        to_second.deliver_all()
+    way = ManualChannel(second.prefill.inbox)
+    first.decode.lend(again, 1, 9, way)
+    while way.jobs or second.channel.jobs:
+        way.deliver_all()
         second.channel.deliver_all()
     second.run()
-    assert second.prefill.snapshot().kv_bytes_received > 0
-    assert [second.answers["b"][i] for i in range(len(first.tokens("a")), 6)] == answer(request)[
-        len(first.tokens("a")) :
-    ]
+    num_whole = (len(PROMPT) + len(done) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert num_whole > len(PROMPT)
+    assert second.prefill.snapshot().prompt_tokens == len(PROMPT) + len(done) - num_whole, "the rest had come"
+    assert [second.answers["b"][i] for i in range(len(done), 12)] == answer(request)[len(done) :]
+
+
+def test_who_has_parted_is_asked_for_a_while() -> None:
+    pair, request = Pair(), make_request(PROMPT, "a", max_tokens=6)
+    pair.decode.part()
+    assert not pair.decode.snapshot().is_lending, "nobody had to leave"
+    pair.decode.stay()
+    pair.open(request)
+    decoding(pair)
+    pair.decode.part()
+    pair.run()
+    assert pair.decode.snapshot().is_lending
+    other = Pair()
+    way = ManualChannel(other.prefill.inbox)
+    other.prefill.open_prefill(request, 1, None, prefix_s=5.0)
+    pair.decode.lend(request, 1, 2, way)
+    pair.pass_time(1.0)
+    assert pair.decode.snapshot().is_lending, "until all that was asked for has gone"
+    way.deliver_all()
+    assert not pair.decode.snapshot().is_lending

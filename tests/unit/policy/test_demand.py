@@ -52,7 +52,9 @@ def test_a_continued_answer_is_prompt() -> None:
     continued = replace(request(14), output_token_ids=(1, 2, 3))
     demand = demand_of(continued, ENGINE)
     assert (demand.num_prompt_tokens, demand.max_tokens) == (17, 6)
-    assert demand.chain == demand_of(request(14), ENGINE).chain
+    whole = replace(request(17), prompt_token_ids=np.array([*range(14), 1, 2, 3], np.int32))
+    assert demand.chain == demand_of(whole, ENGINE).chain
+    assert len(demand.chain) == 4
 
 
 def test_a_picture_alone_is_found_by_its_content() -> None:

@@ -36,18 +36,19 @@ def busy(replica: ReplicaSnapshot) -> ReplicaSnapshot:
 @given(
     CLUSTERS,
     EXCLUDED,
+    EXCLUDED,
     st.lists(st.integers(0, len(CHAIN)), min_size=10, max_size=10),
     st.sampled_from([0, 100, 10_000, 10**7]),
 )
-def test_a_fetch_is_from_a_usable_replica_that_has_it_and_costs_less_than_computing(
-    cluster: list[ReplicaSnapshot], exclude: frozenset[str], depths: list[int], token_bytes: int
+def test_a_fetch_is_from_a_replica_that_has_it_and_may_be_asked_and_costs_less_than_computing(
+    cluster: list[ReplicaSnapshot], exclude: frozenset[str], parted: frozenset[str], depths: list[int], token_bytes: int
 ) -> None:
     cluster = weighed(
         *(replace(r, total_blocks=200, free_blocks=3 * r.free_blocks) for r in cluster), token_bytes=token_bytes
     )
     caches = {r.replica_id: CHAIN[:depth] for r, depth in zip(cluster, depths, strict=False)}
     fleet = with_caches(cluster, caches)
-    path = choose_path(LONG, fleet, LIMITS, exclude=exclude)
+    path = choose_path(LONG, fleet, LIMITS, exclude=exclude, parted=parted)
     without = choose_path(LONG, fleet, replace(LIMITS, fetch_prefixes=False), exclude=exclude)
     if isinstance(path, Refusal):
         assert path == without
@@ -58,11 +59,12 @@ def test_a_fetch_is_from_a_usable_replica_that_has_it_and_costs_less_than_comput
         return
     by_id = {r.replica_id: r for r in cluster}
     source, target = by_id[path.fetch.source], by_id[path.prefill]
-    assert source.is_usable
+    assert source.is_ready
+    assert source.replica_id not in (exclude - parted if source.is_draining else exclude)
     assert source.model == "m"
     assert source.role != "vision"
     assert source.block_size == target.block_size
-    assert source.replica_id not in exclude | {target.replica_id}
+    assert source.replica_id != target.replica_id
     assert path.fetch.num_blocks == len(caches[source.replica_id]) > len(caches[target.replica_id])
     assert 0 < path.fetch.timeout_s <= 2
     assert Need.of(LONG, LIMITS).fits(target)
@@ -81,6 +83,23 @@ def test_a_slower_way_never_attracts(waiting: int, depth: int, token_bytes: int)
 
 
 # ---- tables
+
+
+@pytest.mark.parametrize("node", ["near", "far"])
+def test_what_moves_is_fetched_from_the_replica_that_parts_with_it(node: str) -> None:
+    """It has failed nobody, and takes no more."""
+    leaving = replace(D1, is_draining=True, node_id=D1.node_id if node == "near" else "elsewhere")
+    fleet = with_caches(weighed(P0, D0, leaving), {"d1": CHAIN})
+    moved = choose_path(LONG, fleet, LIMITS, exclude={"d1"}, parted={"d1"})
+    assert isinstance(moved, Path)
+    assert (moved.decode, moved.fetch and moved.fetch.source) == ("d0", "d1")
+    failed = choose_path(LONG, fleet, LIMITS, exclude={"d1"})
+    assert isinstance(failed, Path)
+    assert failed.fetch is None
+    well = with_caches(weighed(P0, D0, D1), {"d1": CHAIN})
+    stayed = choose_path(LONG, well, LIMITS, exclude={"d1"}, parted={"d1"})
+    assert isinstance(stayed, Path)
+    assert stayed.fetch is None, "it does not drain, so it has failed"
 
 
 def test_an_idle_replica_gets_the_prefix_of_a_busy_one() -> None:
@@ -117,8 +136,8 @@ def test_the_nearest_of_equals_lends() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        replace(busy(P0), is_draining=True),
         replace(busy(P0), is_ready=False),
+        replace(busy(P0), is_ready=False, is_draining=True),
         replace(busy(P0), model="other"),
         replace(busy(P0), block_size=8),
         replace(busy(P0), token_bytes=0),
