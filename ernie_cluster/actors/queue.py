@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 import time
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ from ernie_cluster.actors import background
 from ernie_cluster.config.router import RouterConfig
 from ernie_cluster.errors import Aborted
 from ernie_cluster.policy.admission import Refusal
+from ernie_cluster.policy.baselines import baseline_of, narrowed
 from ernie_cluster.policy.books import Books
 from ernie_cluster.policy.breakers import Breakers
 from ernie_cluster.policy.forecast import Forecasts, Outlook, too_late
@@ -41,6 +43,7 @@ class Queue:
     ) -> None:
         self._books, self._limits, self._forecasts, self._settled_s = books, limits, forecasts, settled_s
         self._breakers = breakers
+        self._baseline = baseline_of(limits, random.Random())
         self._room = WaitingRoom(limits)
         self._waiters: dict[str, asyncio.Future[Path]] = {}
         self._lease_s: dict[str, float] = {}
@@ -147,6 +150,8 @@ class Queue:
         demand, fleet = ticket.demand, self._books.fleet(now_s)
         shunned = self._shunned(now_s)
         exclude = to_avoid(fleet, demand.model, ticket.exclude, shunned)
+        if self._baseline is not None:
+            exclude = narrowed(self._baseline, fleet, demand.model, exclude)
         path = choose_path(demand, fleet, self._limits, exclude=exclude, parted=set(ticket.exclude) - shunned)
         if isinstance(path, Refusal):
             return path

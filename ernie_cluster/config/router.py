@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ernie_cluster.config.checks import check_positive, check_range
 from ernie_cluster.errors import ConfigError
@@ -12,6 +13,9 @@ from ernie_cluster.errors import ConfigError
 class RouterConfig:
     """Limits of admission and routing."""
 
+    policy: Literal["cost", "round_robin", "two_choices"] = "cost"
+    """How a path is chosen. To compare with, not to serve with: replicas of each pool in turn, or the one of two by chance that
+    has fewer requests, as Ray Serve does; neither knows of prefixes or pictures."""
     reserve_output_tokens: int = 256
     """Output tokens (or `max_tokens` if fewer) for which decode blocks are reserved at the start; at least 1."""
     lease_timeout_s: float = 30.0

@@ -138,7 +138,7 @@ class _Search:
         self._mixed = fleet.pool(demand.model, "mixed")
         self._trail = fleet.holders.trail(demand.chain)
         self._sources: Sources | None = None
-        if limits.fetch_prefixes:
+        if limits.fetch_prefixes and limits.policy == "cost":
             self._sources = Sources(self._trail, (self._prefill, self._mixed, self._decode), allowed, parted)
         self._num_seen = 0
         self._least_s = math.inf

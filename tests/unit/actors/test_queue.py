@@ -29,7 +29,7 @@ BATCH = replace(WHOLE, priority=1)
 class Desk:
     """A queue over one replica."""
 
-    def __init__(self, settled_s: float = 0.0, **limits: float) -> None:
+    def __init__(self, settled_s: float = 0.0, **limits: object) -> None:
         self.limits = replace(LIMITS, **limits)  # type: ignore[arg-type]
         self.books = Books(heartbeat_timeout_s=1e9)
         self.queue = Queue(self.books, self.limits, Forecasts(self.limits), Breakers(self.limits), settled_s)
@@ -83,6 +83,17 @@ def test_who_is_given_up_waits_no_more() -> None:
         assert len(desk.queue) == 0
         desk.books.release("r0")
         assert (await desk.place("r2")).prefill == "m0"
+
+    asyncio.run(run())
+
+
+def test_replicas_in_turn_whatever_they_have_to_do() -> None:
+    async def run() -> None:
+        desk = Desk(policy="round_robin")
+        for i in range(3):
+            desk.books.report(replace(M0, replica_id=f"m{i}", waiting_tokens=1000 * i), now_s=0)
+        one = Demand("m", 15, 1)
+        assert [(await desk.place(f"r{i}", one)).prefill for i in range(6)] == ["m0", "m1", "m2"] * 2
 
     asyncio.run(run())
 
