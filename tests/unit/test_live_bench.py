@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -25,13 +26,16 @@ SCRIPTS = Path(__file__).parents[2] / "scripts" / "bench"
 def bench() -> Iterator[SimpleNamespace]:
     path = sys.path[:]
     sys.path.insert(0, str(SCRIPTS))
+    import live_prefixes
     import live_roles
+    import prefixes
     import two_models
     from live import client, server
 
     from ernie_cluster.bench import plot
 
-    yield SimpleNamespace(roles=live_roles, two=two_models, client=client, plot=plot, server=server)
+    shared = SimpleNamespace(chats=live_prefixes.chats, token_ids=live_prefixes.token_ids, trace=prefixes.make_trace)
+    yield SimpleNamespace(shared=shared, roles=live_roles, two=two_models, client=client, plot=plot, server=server)
     sys.path[:] = path
 
 
@@ -183,3 +187,26 @@ def test_the_picture_is_xml_with_all_that_is_there(bench: SimpleNamespace) -> No
     words = [e.text for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert {"first: replicas", "second: replicas", "starting", "requests per second", "burst & more"} <= set(words)
     assert "mixed" not in words
+
+
+def test_chats_are_taken_whole_and_in_the_time_there_is(bench: SimpleNamespace) -> None:
+    trace = bench.shared.trace(400)
+    taken = bench.shared.chats(trace, 4, 60.0)
+    assert (taken[0].time_s, taken[-1].time_s) == (0.0, pytest.approx(60.0))
+    heads = {a.chain[:2] for a in taken}
+    assert len(taken) == sum(a.chain[:2] in heads for a in trace)
+    assert 50 < len(taken) < 150
+
+
+def test_prompts_share_as_many_tokens_as_their_chains_share_blocks(bench: SimpleNamespace) -> None:
+    trace = bench.shared.trace(60)
+    for a, b in itertools.combinations(trace[:25], 2):
+        blocks, tokens = num_shared(a.chain, b.chain), num_shared(*map(bench.shared.token_ids, (a, b)))
+        shorter = min(a.num_tokens, b.num_tokens)
+        assert min(16 * blocks, shorter) <= tokens < 16 * blocks + 4
+        assert len(bench.shared.token_ids(a)) == a.num_tokens
+
+
+def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many of the first items are equal."""
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))

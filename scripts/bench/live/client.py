@@ -1,4 +1,4 @@
-"""An open-loop client of `/v1/completions` on bare asyncio: what each request's client sees, and the client's own lag."""
+"""An open-loop client of completions on bare asyncio: what each request's client sees, and the client's own lag."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from ernie_cluster.policy.replay.machine import Job
 
 TOKEN_IDS = range(300, 1900)
 """Of a tiny checkpoint, without special ones."""
+STREAMED: dict[str, object] = {
+    "temperature": 0,
+    "ignore_eos": True,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
 
 
 @dataclass(slots=True)
@@ -33,6 +39,8 @@ class Seen:
     last_s: float = math.inf
     tokens: int = 0
     """That came."""
+    cached: int = 0
+    """Prompt tokens that were found in a cache."""
     error: str = ""
 
     @property
@@ -62,8 +70,24 @@ def _nothing(seen: Seen) -> None:
     """Nobody wants to know."""
 
 
+def body_of(job: Job) -> dict[str, object]:
+    """A prompt that no cache knows, and an answer of exactly the wanted length."""
+    return completion(job, random.Random(job.number).choices(TOKEN_IDS, k=job.prompt_tokens))
+
+
+def completion(job: Job, token_ids: Sequence[int]) -> dict[str, object]:
+    """The same with this prompt."""
+    return {"model": job.model, "prompt": token_ids, "max_tokens": job.output_tokens} | STREAMED
+
+
 async def play(
-    jobs: Sequence[Job], port: int, timeout_s: float, on_end: Callable[[Seen], None] = _nothing
+    jobs: Sequence[Job],
+    port: int,
+    timeout_s: float,
+    on_end: Callable[[Seen], None] = _nothing,
+    *,
+    path: str = "/v1/completions",
+    body: Callable[[Job], Mapping[str, object]] = body_of,
 ) -> list[Seen]:
     """Send each request when it is due, whatever became of those before; ends with the last answer.
 
@@ -72,12 +96,15 @@ async def play(
         port: of the server on this machine.
         timeout_s: an answer that takes longer has failed.
         on_end: called with each request that has ended.
+        path, body: what is sent of a job, and where to.
     """
     start_s = time.perf_counter()
     tasks = []
     for job in jobs:
         await asyncio.sleep(start_s + job.arrived_s - time.perf_counter())
-        tasks.append(asyncio.create_task(_ask(job, port, start_s, timeout_s, on_end)))
+        seen = Seen(job.model, job.arrived_s, time.perf_counter() - start_s, job.prompt_tokens, job.output_tokens)
+        text = json.dumps(body(job)).encode()
+        tasks.append(asyncio.create_task(_ask(seen, path, text, port, start_s, timeout_s, on_end)))
     return [await task for task in tasks]
 
 
@@ -87,25 +114,12 @@ def lag_s(seen: Sequence[Seen]) -> float:
     return late[math.ceil(0.99 * len(late)) - 1] if late else 0.0
 
 
-def body_of(job: Job) -> dict[str, object]:
-    """A prompt that no cache knows, and an answer of exactly the wanted length."""
-    ids = random.Random(job.number).choices(TOKEN_IDS, k=job.prompt_tokens)
-    return {
-        "model": job.model,
-        "prompt": ids,
-        "max_tokens": job.output_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-
-
-async def _ask(job: Job, port: int, start_s: float, timeout_s: float, on_end: Callable[[Seen], None]) -> Seen:
-    seen = Seen(job.model, job.arrived_s, time.perf_counter() - start_s, job.prompt_tokens, job.output_tokens)
+async def _ask(
+    seen: Seen, path: str, body: bytes, port: int, start_s: float, timeout_s: float, on_end: Callable[[Seen], None]
+) -> Seen:
     try:
         async with asyncio.timeout(timeout_s):
-            await _stream(json.dumps(body_of(job)).encode(), port, start_s, seen)
+            await _stream(path, body, port, start_s, seen)
     except TimeoutError:
         seen.error = f"no end within {timeout_s:g} s"
     except (OSError, EOFError, ValueError) as e:
@@ -114,10 +128,10 @@ async def _ask(job: Job, port: int, start_s: float, timeout_s: float, on_end: Ca
     return seen
 
 
-async def _stream(body: bytes, port: int, start_s: float, seen: Seen) -> None:
+async def _stream(path: str, body: bytes, port: int, start_s: float, seen: Seen) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         first, *fields = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         seen.status = int(first.split()[1])
@@ -157,3 +171,4 @@ def hear(event: bytes, now_s: float, seen: Seen) -> None:
         seen.first_s, seen.last_s = min(seen.first_s, now_s), now_s
     if news.get("usage"):
         seen.tokens = news["usage"]["completion_tokens"]
+        seen.cached = (news["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
