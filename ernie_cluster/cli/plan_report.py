@@ -205,6 +205,10 @@ def _notes(report: Report) -> Iterable[str]:
         yield f"note: {report.num_idle} GPUs are left over: no further gang can be made of them"
     if report.fits and not _is_servable(report.setting):
         yield "note: `serve` keeps KV in the weights' type, or in 8 bits; other types can be planned only"
+    narrow = [report.setting.weights.name] if report.setting.weights.is_quantised else []
+    narrow += [f"{report.setting.kv} KV"] if report.setting.kv in SCALE_BYTES else []
+    if narrow and report.setting.gpu is not None:
+        yield f"note: GPUs unpack {' and '.join(narrow)} in each step: this saves memory, and costs time"
 
 
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:

@@ -158,5 +158,14 @@ class CudaOps(TorchOps):
 
     def _run_pool(self, rows_PD: Tensor, pool: ExpertWeights, offsets_E: Tensor) -> Tensor:
         """Rows sorted by expert, each through its own -> [P, D]; `offsets_E` int32 are the ends of the experts' rows."""
+        if pool.is_packed and len(rows_PD) < pool.num_experts:
+            return self._run_rows(rows_PD, pool, offsets_E)
         gate_up = functional.grouped_mm(rows_PD, pool.gate_up_EWD[...].transpose(1, 2), offs=offsets_E)
         return functional.grouped_mm(self.gate(gate_up), pool.down_EDW[...].transpose(1, 2), offs=offsets_E)
+
+    def _run_rows(self, rows_PD: Tensor, pool: ExpertWeights, offsets_E: Tensor) -> Tensor:
+        """The same for a few rows: each row's expert is unpacked for itself, and not all there are."""
+        place = torch.arange(len(rows_PD), dtype=offsets_E.dtype, device=rows_PD.device)
+        expert_P = torch.searchsorted(offsets_E, place, right=True).clamp_(max=pool.num_experts - 1)
+        gate_up = torch.bmm(pool.gate_up_EWD[expert_P], rows_PD[:, :, None]).squeeze(-1)
+        return torch.bmm(pool.down_EDW[expert_P], self.gate(gate_up)[:, :, None]).squeeze(-1)

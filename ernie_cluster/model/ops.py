@@ -33,6 +33,11 @@ class ExpertWeights:
     def num_experts(self) -> int:
         return self.gate_up_EWD.shape[0]
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether they are unpacked when they are asked for."""
+        return not isinstance(self.gate_up_EWD, Tensor)
+
 
 def choose_experts(logits_TE: Tensor, bias_TE: Tensor, top_k: int, norm_min: float) -> tuple[Tensor, Tensor]:
     """(ids int64 [T, K], weights float32 [T, K]): chosen by biased, weighted by unbiased, renormalised probabilities."""

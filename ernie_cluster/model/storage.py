@@ -25,8 +25,8 @@ class Weight(Protocol):
     def shape(self) -> torch.Size:
         """[R, C] or [E, R, C]."""
 
-    def __getitem__(self, index: int | EllipsisType, /) -> Tensor:
-        """All numbers (`...`), or those of one expert, in the model's type."""
+    def __getitem__(self, index: int | EllipsisType | Tensor, /) -> Tensor:
+        """All numbers (`...`), those of one expert, or of several (int64 [P]), in the model's type."""
 
 
 def empty_weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -56,7 +56,7 @@ class QuantisedWeight(nn.Module):
         for i in range(len(codes)):
             codes[i], scales[i] = self.codec.quantise(numbers(self.shape[-2], self.shape[-1]))
 
-    def __getitem__(self, index: int | EllipsisType, /) -> Tensor:
+    def __getitem__(self, index: int | EllipsisType | Tensor, /) -> Tensor:
         return self.codec.dequantise(self.codes[index], self.scales[index], self.shape[-1], self.dtype)
 
 

@@ -2,8 +2,8 @@
 
     python scripts/bench/scaling.py [--replicas 8 64 1000] [--json FILE] [--svg FILE] [--queue-tokens N] [--load SHARE]
 
-Nothing is served: `policy.replay` runs `policy.scaling` over replicas on paper, whose speeds are the rooflines of
-`policy.sizing.speed` for ERNIE-4.5-VL-424B in fp8 on 8 H100 each. Goodput: the share of all requests, refused ones
+Nothing is served: `policy.replay` runs `policy.scaling` over replicas on paper, of imagined speeds: about those of
+ERNIE-4.5-VL-424B on 8 H100 each, if these multiplied its weights in fp8. Goodput: the share of all requests, refused ones
 included, that kept both targets. Up to 64 replicas every split is tried, and all mixed, which is no split but needs no
 switching either; of 1,000 the five around the middle. Eight replicas are routed by `policy.routing`, more by
 its rule in short.

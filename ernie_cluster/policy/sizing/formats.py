@@ -40,8 +40,8 @@ class WeightFormat:
         return self.block is not None
 
     @property
-    def computes_in_fp8(self) -> bool:
-        """fp8 weights are multiplied as they are; integers are unpacked to the plain type first."""
+    def is_fp8(self) -> bool:
+        """Served on some GPUs only."""
         return self.name == "fp8"
 
     def num_bytes(self, kind: Kind, rows: int, columns: int) -> int:

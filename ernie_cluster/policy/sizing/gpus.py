@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ernie_cluster.config.quantization import FIRST_WITH_FP8
 from ernie_cluster.config.units import MIB
 from ernie_cluster.errors import ConfigError
 
@@ -31,10 +32,15 @@ class Gpu:
     """Bytes per second of its memory."""
     bf16_flops: float
     """Per second."""
-    fp8_flops: float
-    """Per second; 0 where its tensor cores know no fp8."""
+    capability: tuple[int, int]
+    """What CUDA calls compute capability."""
     link: float
     """Bytes per second to the others of its node, one direction."""
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether fp8 weights are served on it; see `FIRST_WITH_FP8`."""
+        return self.capability >= FIRST_WITH_FP8
 
     def link_of(self, ranks: int) -> float:
         """Bytes per second between so many neighbouring ranks: the network's, once they are more than a node holds."""
@@ -46,20 +52,20 @@ _PCIE_4 = 32e9  # 16 lanes of PCIe 4.0; these have no NVLink
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        # Source: NVIDIA GeForce RTX 4090 page and Ada architecture whitepaper, appendix A (165.2 / 330.3 TFLOPS)
-        Gpu("rtx4090-24g", "GeForce RTX 4090 24 GB", "GeForce-RTX-4090", 24_564 * MIB, 1.008e12, 165.2e12, 330.3e12, _PCIE_4),
+        # Source: NVIDIA GeForce RTX 4090 page and Ada architecture whitepaper, appendix A (165.2 TFLOPS)
+        Gpu("rtx4090-24g", "GeForce RTX 4090 24 GB", "GeForce-RTX-4090", 24_564 * MIB, 1.008e12, 165.2e12, (8, 9), _PCIE_4),
         # Source: NVIDIA A100 datasheet (40 GB: 1,555 GB/s; 80 GB SXM: 2,039 GB/s; NVLink 600 GB/s)
-        Gpu("a100-40g", "A100 SXM 40 GB", "A100", 40_960 * MIB, 1.555e12, 312e12, 0.0, 300e9),
-        # Source: NVIDIA L40S datasheet (864 GB/s; 362.05 and 733 TFLOPS; PCIe only)
-        Gpu("l40s-48g", "L40S 48 GB", "L40S", 46_068 * MIB, 0.864e12, 362.05e12, 733e12, _PCIE_4),
-        # Source: NVIDIA H100 datasheet, SXM (3.35 TB/s; 1,979 and 3,958 TFLOPS with sparsity; NVLink 900 GB/s)
-        Gpu("h100-80g", "H100 SXM 80 GB", "H100", 81_559 * MIB, 3.35e12, 989.4e12, 1978.9e12, 450e9),
+        Gpu("a100-40g", "A100 SXM 40 GB", "A100", 40_960 * MIB, 1.555e12, 312e12, (8, 0), 300e9),
+        # Source: NVIDIA L40S datasheet (864 GB/s; 362.05 TFLOPS; PCIe only)
+        Gpu("l40s-48g", "L40S 48 GB", "L40S", 46_068 * MIB, 0.864e12, 362.05e12, (8, 9), _PCIE_4),
+        # Source: NVIDIA H100 datasheet, SXM (3.35 TB/s; 1,979 TFLOPS with sparsity; NVLink 900 GB/s)
+        Gpu("h100-80g", "H100 SXM 80 GB", "H100", 81_559 * MIB, 3.35e12, 989.4e12, (9, 0), 450e9),
         # Source: as the a100-40g
-        Gpu("a100-80g", "A100 SXM 80 GB", "A100", 81_920 * MIB, 2.039e12, 312e12, 0.0, 300e9),
+        Gpu("a100-80g", "A100 SXM 80 GB", "A100", 81_920 * MIB, 2.039e12, 312e12, (8, 0), 300e9),
         # Source: NVIDIA H200 datasheet, SXM (4.8 TB/s; the H100's chip)
-        Gpu("h200-141g", "H200 SXM 141 GB", "H200", 143_771 * MIB, 4.8e12, 989.4e12, 1978.9e12, 450e9),
-        # Source: NVIDIA HGX B200 datasheet (180 GB, 7.7 TB/s; 4,500 and 9,000 TFLOPS with sparsity; NVLink 1,800 GB/s)
-        Gpu("b200-180g", "B200 180 GB", "B200", 183_359 * MIB, 7.7e12, 2250e12, 4500e12, 900e9),
+        Gpu("h200-141g", "H200 SXM 141 GB", "H200", 143_771 * MIB, 4.8e12, 989.4e12, (9, 0), 450e9),
+        # Source: NVIDIA HGX B200 datasheet (180 GB, 7.7 TB/s; 4,500 TFLOPS with sparsity; NVLink 1,800 GB/s)
+        Gpu("b200-180g", "B200 180 GB", "B200", 183_359 * MIB, 7.7e12, 2250e12, (10, 0), 900e9),
     )
 }  # fmt: skip
 """By name, smallest memory first."""

@@ -173,7 +173,7 @@ def _other_weights(wish: Wish) -> Iterator[tuple[str, str]]:
     smaller = list(FORMATS)[list(FORMATS).index(wish.setting.weights.name) + 1 :]
     for name in smaller:
         form = FORMATS[name]
-        if form.computes_in_fp8 and not wish.gpu.fp8_flops:
+        if form.is_fp8 and not wish.gpu.has_fp8:
             continue
         if not place(replace(wish, setting=replace(wish.setting, weights=form))).problem:
             yield f"{name} weights on these GPUs", f"--quantization {name}"
@@ -194,7 +194,7 @@ def _more_gpus(wish: Wish) -> Iterator[tuple[str, str]]:
 def _other_gpu(wish: Wish) -> Iterator[tuple[str, str]]:
     """The smallest that does, of those with more memory."""
     for other in sorted(GPUS.values(), key=lambda g: g.memory_bytes):
-        is_fit = other.fp8_flops or not wish.setting.weights.computes_in_fp8
+        is_fit = other.has_fp8 or not wish.setting.weights.is_fp8
         if other.memory_bytes > wish.gpu.memory_bytes and is_fit:
             found = place(replace(wish, setting=replace(wish.setting, gpu=other)))
             if not found.problem:

@@ -47,8 +47,8 @@ class Setting:
         ):
             if value < least:
                 raise ConfigError(f"{name} = {value} must be at least {least}")
-        if self.gpu is not None and self.weights.computes_in_fp8 and not self.gpu.fp8_flops:
-            raise ConfigError(f"fp8 weights on {self.gpu.name}: it cannot multiply fp8; use wint8")
+        if self.gpu is not None and self.weights.is_fp8 and not self.gpu.has_fp8:
+            raise ConfigError(f"fp8 weights on {self.gpu.name}: they need a Hopper GPU or a newer one; use wint8")
 
     @property
     def max_model_len(self) -> int:

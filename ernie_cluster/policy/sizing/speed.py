@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ernie_cluster.config.kv_layout import SCALE_BYTES
 from ernie_cluster.config.parallel import ParallelDims
 from ernie_cluster.config.pool import Role
 from ernie_cluster.policy.sizing import memory
@@ -23,6 +24,9 @@ LINK_FRACTION = 0.7
 """Of a link's bandwidth in a collective."""
 COLLECTIVE_S = 15e-6
 """Start of one collective."""
+UNPACKED_PASSES = 4
+"""How often what is held in fewer bits goes over memory as plain numbers, beside its codes: written, scaled where it is (read
+and written), and read by the product. GPUs unpack in each step what is multiplied, of experts all, if it meets many; see `CudaOps`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ def prefill_s(setting: Setting, dims: ParallelDims, role: Role, prompt: Prompt) 
     chunks = -(-prompt.tokens // setting.engine.max_batch_tokens)
     num_bytes = chunks * sum(_bytes(setting, m) for m in held if m.part != "embedding")
     scores = 2.0 * prompt.tokens**2 * text.num_heads * text.head_dim * text.num_layers / dims.tp  # causal: half of 4
-    seconds = max(_compute_s(setting, flops) + scores / _bf16_rate(gpu), num_bytes / _bandwidth(gpu))
+    seconds = max((flops + scores) / _bf16_rate(gpu), num_bytes / _bandwidth(gpu))
     return seconds + _collectives_s(setting, dims, prompt.tokens, chunks)
 
 
@@ -72,15 +76,21 @@ def decode_step_s(setting: Setting, dims: ParallelDims, role: Role, batch: int, 
     head: Part = "embedding" if text.tie_word_embeddings else "head"
     always = [m for m in held if m.part in _ALWAYS or m.part == head]
     layout = memory.kv_layout(setting.model, setting.engine.block_size, setting.kv, dims.tp)
-    num_bytes = float(sum(_bytes(setting, m) for m in always) + per_group * context * layout.bytes_per_token)
+    kv_bytes = layout.bytes_per_token
+    if setting.kv in SCALE_BYTES:
+        plain = memory.kv_layout(setting.model, setting.engine.block_size, setting.model.dtype, dims.tp)
+        kv_bytes += UNPACKED_PASSES * plain.bytes_per_token
+    num_bytes = float(sum(_bytes(setting, m) for m in always) + per_group * context * kv_bytes)
     flops = 2.0 * sum(m.numbers for m in always) * per_group
     if text.text_experts is not None:
         pool = text.text_experts
         hit = 1 - (1 - pool.top_k / pool.num_experts) ** batch  # of the experts, when each token chooses by chance
+        if setting.weights.is_quantised:
+            hit = min(1.0, batch * pool.top_k / pool.num_experts)  # each for itself, or all once
         num_bytes += hit * sum(_bytes(setting, m) for m in held if m.part == "text_experts")
         flops += 2.0 * _active(setting, held, "text_experts") * batch
     scores = 4.0 * per_group * context * text.num_heads * text.head_dim * text.num_layers / dims.tp
-    seconds = max(_compute_s(setting, flops) + scores / _bf16_rate(gpu), num_bytes / _bandwidth(gpu))
+    seconds = max((flops + scores) / _bf16_rate(gpu), num_bytes / _bandwidth(gpu))
     return seconds + _collectives_s(setting, dims, per_group, 1)
 
 
@@ -115,12 +125,12 @@ def _active(setting: Setting, held: list[Matrix], part: str) -> float:
 
 
 def _bytes(setting: Setting, matrix: Matrix) -> int:
-    return matrix.num_bytes(setting.weights) + matrix.scale_bytes(setting.weights)
-
-
-def _compute_s(setting: Setting, flops: float) -> float:
-    gpu = _gpu(setting)
-    return flops / (gpu.fp8_flops * COMPUTE_FRACTION if setting.weights.computes_in_fp8 else _bf16_rate(gpu))
+    """Over memory, to multiply by it."""
+    form = setting.weights
+    held = matrix.num_bytes(form) + matrix.scale_bytes(form)
+    if form.is_quantised and matrix.kind in ("linear", "expert"):
+        held += UNPACKED_PASSES * matrix.numbers * form.plain_bytes
+    return held
 
 
 def _bf16_rate(gpu: Gpu) -> float:

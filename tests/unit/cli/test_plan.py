@@ -142,7 +142,10 @@ def test_thinking_has_the_pictures_of_its_preset(capsys: pytest.CaptureFixture[s
         ),
         (("--model", "28b", "--gpu", "h100", "--image-max-pixels", "0"), "image_max_pixels = 0 must be"),
         (("--model", "28b", "--gpu", "h100", "--video-frames", "-1"), "video_frames = -1 must be"),
-        (("--model", "28b", "--gpu", "a100-80g", "--quantization", "fp8"), "it cannot multiply fp8; use wint8"),
+        (
+            ("--model", "28b", "--gpu", "a100-80g", "--quantization", "fp8"),
+            "they need a Hopper GPU or a newer one; use wint8",
+        ),
         ((*PRESET_28B,), "some pools have GPUs: say which by --gpu"),
         ((*PRESET_28B, "--gpu", "h100", "--count", "8"), "--count beside a configuration"),
     ],

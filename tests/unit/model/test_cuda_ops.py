@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ernie_cluster.config.quantization import METHODS, Method
 from ernie_cluster.errors import ConfigError
 from ernie_cluster.model import flash
 from ernie_cluster.model.build import choose_ops
@@ -21,8 +23,9 @@ from ernie_cluster.model.flash import FlashAttention, UnpackedAttention, splits_
 from ernie_cluster.model.kv_pages import PAGES, PLAIN_PAGES
 from ernie_cluster.model.ops import ExpertWeights, TorchOps
 from ernie_cluster.model.packing import make_step
+from ernie_cluster.model.quant import Codec
 from ernie_cluster.model.step import StepInput
-from ernie_cluster.model.storage import Storage
+from ernie_cluster.model.storage import QuantisedWeight, Storage
 from tests import tiny
 from tests.varlen import varlen_attn
 
@@ -60,6 +63,44 @@ def test_experts_equal_one_product_per_expert(kinds: list[str], seed: int) -> No
     x, weights = random(len(kinds), 32, seed=seed), torch.rand(len(kinds), 2, generator=generator)
     got, expected = (ops.experts(x, pools(2), ids, weights) for ops in (OPS, PLAIN))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("num_tokens", [1, 3, 40], ids=["one", "few", "many"])
+def test_quantised_experts_equal_what_they_stand_for(
+    method: Method, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few tokens' experts only those are unpacked, at most one for each place; of many all, once."""
+    packed, plain = packed_pools(method)
+    unpacked: list[int] = []
+    exact = Codec.dequantise
+
+    def counted(self: Codec, codes: Tensor, *rest: Any) -> Tensor:
+        unpacked.append(len(codes))
+        return exact(self, codes, *rest)
+
+    monkeypatch.setattr(Codec, "dequantise", counted)
+    generator = torch.Generator().manual_seed(num_tokens)
+    ids = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(num_tokens)])
+    ids[ids == 7] = 16  # on another rank
+    x, weights = random(num_tokens, 128, seed=5), torch.rand(num_tokens, 2, generator=generator)
+    got = OPS.experts(x, packed, ids, weights)
+    assert set(unpacked) == {min(ids.numel(), 8)}
+    torch.testing.assert_close(got, PLAIN.experts(x, plain, ids, weights), atol=1e-5, rtol=1e-5)
+
+
+def packed_pools(method: Method) -> tuple[list[ExpertWeights], list[ExpertWeights]]:
+    """Two pools of eight experts, as codes, and as the numbers that these stand for."""
+    storage, seeds = Storage(torch.float32, method), itertools.count()
+    packed, plain = [], []
+    for _ in range(2):
+        weights = [storage.expert(8, 256, 128), storage.expert(8, 128, 128)]
+        for weight in weights:
+            assert isinstance(weight, QuantisedWeight)
+            weight.fill(lambda r, c: random(r, c, seed=next(seeds)) / 5)
+        packed.append(ExpertWeights(*weights))
+        plain.append(ExpertWeights(*(weight[...] for weight in weights)))
+    return packed, plain
 
 
 def test_undefined_rows_do_not_reach_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

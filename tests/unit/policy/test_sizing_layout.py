@@ -206,7 +206,7 @@ def test_vision_gets_a_gpu_of_its_own_when_it_needs_one() -> None:
         (lambda: wish("28b", "h300-80g", 1), "unknown GPU 'h300-80g'; did you mean"),
         (lambda: wish("28b", "tpu", 1), "unknown GPU 'tpu'; known: rtx4090-24g"),
         (lambda: wish("28b", "a100", 1), "unknown GPU 'a100'; did you mean a100-40g or a100-80g"),
-        (lambda: wish("28b", "a100-80g", 1, "fp8"), "a100-80g: it cannot multiply fp8; use wint8"),
+        (lambda: wish("28b", "a100-80g", 1, "fp8"), "a100-80g: they need a Hopper GPU or a newer one; use wint8"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_said(bad: object, words: str) -> None:
