@@ -14,10 +14,10 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from ernie_cluster.actors.find_router import router_name
 from ernie_cluster.actors.ingress import asgi_builder
 from ernie_cluster.actors.planned import PLANNED_REPLICAS
 from ernie_cluster.actors.replica import PoolReplica
-from ernie_cluster.actors.router import router_name
 from ernie_cluster.config.checks import label_selector
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.deployment import ModelDeployment

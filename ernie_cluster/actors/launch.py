@@ -19,8 +19,8 @@ from ray.serve.schema import ApplicationStatusOverview, LoggingConfig
 from ernie_cluster.actors.app import APP_NAME, build_app
 from ernie_cluster.actors.channels import check_nixl
 from ernie_cluster.actors.environment import local_cluster
+from ernie_cluster.actors.find_router import find_router, router_name
 from ernie_cluster.actors.messages import NAMESPACE
-from ernie_cluster.actors.router import find_router, router_name
 from ernie_cluster.api.backend import ModelStatus
 from ernie_cluster.api.tls import Certificate
 from ernie_cluster.config.checks import label_selector

@@ -16,10 +16,10 @@ from ray.exceptions import RayActorError
 
 from ernie_cluster.actors import background
 from ernie_cluster.actors.direct import DirectPeer, RemoteFailure
+from ernie_cluster.actors.find_router import find_router
 from ernie_cluster.actors.merge import Failure, News
 from ernie_cluster.actors.messages import Batch, ReplicaInfo
 from ernie_cluster.actors.patience import answered
-from ernie_cluster.actors.router import find_router
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.errors import EngineFailed, ErnieClusterError, ReplicaLost
 from ernie_cluster.request import RequestFailed

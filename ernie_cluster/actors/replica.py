@@ -17,11 +17,11 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from ernie_cluster.actors import background, process
+from ernie_cluster.actors.find_router import find_router, renew_router
 from ernie_cluster.actors.gang import Gang
 from ernie_cluster.actors.messages import ReplicaInfo
 from ernie_cluster.actors.notice import Notice
 from ernie_cluster.actors.parting import HEARD_S
-from ernie_cluster.actors.router import find_router, renew_router
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.config.pool import Role
 from ernie_cluster.errors import ErnieClusterError, ReplicaLost

@@ -11,10 +11,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
 
 from ernie_cluster.actors import background, fault_desk, process
 from ernie_cluster.actors.direct import Address, DirectServer, Method
@@ -26,7 +24,6 @@ from ernie_cluster.actors.scaler import Scaler, ServeState
 from ernie_cluster.actors.visits import Bookings
 from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
 from ernie_cluster.api.operator import ClusterView, DecisionView, FaultsView, Order, ReplicaView
-from ernie_cluster.config.checks import label_selector
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.errors import Overloaded
 from ernie_cluster.faults import FaultOrder, Faults
@@ -50,46 +47,6 @@ _EXPERTS_TIMEOUT_S = 5.0
 """For what only the ranks know."""
 _IDLE_EXIT_S = 60.0
 """A router that nobody registers with or asks for this long belongs to no application any more."""
-
-_RENEWALS = 20
-_RENEWAL_PAUSE_S = 0.2
-_RENEWAL_TIMEOUT_S = 5.0
-
-
-def router_name(app: str) -> str:
-    return f"{app}:router"
-
-
-def find_router(app: str, config: ClusterConfig) -> Any:
-    """Handle of the application's router, which is started when there is none."""
-    return Router.options(  # type: ignore[attr-defined]
-        name=router_name(app),
-        namespace=NAMESPACE,
-        get_if_exists=True,
-        lifetime="detached",
-        max_restarts=-1,
-        num_cpus=0,
-        label_selector=label_selector(config.api.node_labels),
-        scheduling_strategy="DEFAULT",  # not in the placement group of the replica that misses it, to go with it
-    ).remote(config)
-
-
-def renew_router(app: str, config: ClusterConfig) -> Any:
-    """The router, for a replica that has just started and so has the configuration that holds now.
-
-    One that was made with another ends, and the next knows all replicas within a second, as after any other end.
-    """
-    for _ in range(_RENEWALS):
-        router = find_router(app, config)
-        try:
-            if ray.get(router.has.remote(config), timeout=_RENEWAL_TIMEOUT_S):
-                break
-            log.info("the router has another configuration: another one begins")
-            ray.kill(router)
-        except (RayActorError, GetTimeoutError) as e:
-            log.info("the router is not there, looking for it again: %s", e)
-        time.sleep(_RENEWAL_PAUSE_S)
-    return router
 
 
 @ray.remote

@@ -36,8 +36,8 @@ from ernie_cluster.actors.app import build_api
 from ernie_cluster.actors.direct import Address, DirectServer
 from ernie_cluster.actors.environment import free_port
 from ernie_cluster.actors.events import EventHub
+from ernie_cluster.actors.find_router import find_router
 from ernie_cluster.actors.messages import NAMESPACE, Batch, Load, ReplicaInfo
-from ernie_cluster.actors.router import find_router
 from ernie_cluster.actors.telling import Teller
 from ernie_cluster.cli.progress import Progress
 from ernie_cluster.cli.tiny_checkpoint import write_tiny_checkpoint

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 from ray.exceptions import RayActorError
 
 from ernie_cluster.actors.app import APP_NAME
+from ernie_cluster.actors.find_router import router_name
 from ernie_cluster.actors.messages import NAMESPACE, Load, ReplicaInfo
-from ernie_cluster.actors.router import router_name
 from ernie_cluster.config.cluster import ClusterConfig
 
 CHAT = "/v1/chat/completions"
