@@ -27,12 +27,14 @@ from ernie_cluster.api.backend import ModelStatus, ReplicaExperts, ReplicaLoad
 from ernie_cluster.api.operator import ClusterView, DecisionView, FaultsView, Order, ReplicaView
 from ernie_cluster.config.cluster import ClusterConfig
 from ernie_cluster.errors import (
+    ContextTooLong,
     DeadlineExceeded,
     ErnieClusterError,
     Forbidden,
     Overloaded,
     ReplicaDraining,
     ReplicaError,
+    ReplicaLost,
     TransferFailed,
 )
 from ernie_cluster.faults import FaultOrder, Faults
@@ -103,6 +105,10 @@ class ClusterBackend:
                     await asyncio.sleep(e.retry_after_s * random.uniform(0.5, 1.0))  # not all of them at once
                     if is_moving:
                         lost.clear()  # whoever parted with it may be told to stay, and be all that there is
+                except ContextTooLong as e:
+                    if not is_continued:
+                        raise
+                    raise ReplicaLost(f"who wrote the answer is gone, and nobody else can go on with it: {e}") from None
                 except ReplicaDraining as e:  # nothing has failed, so it may wait for whoever comes instead
                     spans.append(_failed(e))
                     log.info("%s moves after %d tokens: %s", attempt.request_id, len(tokens), e)
@@ -139,7 +145,7 @@ class ClusterBackend:
         """See `Backend`."""
         lost = set[str]()
         deadline = time.monotonic() + timeout_s
-        number = num_failures = 0
+        number = num_failures = num_moves = 0
         self._budget.arrived()
         while True:
             number += 1
@@ -149,8 +155,16 @@ class ClusterBackend:
                     return await self._attempts.embed(key, model, media, lost)
             except TimeoutError:
                 raise DeadlineExceeded(f"no vector of a picture within {timeout_s:g} s") from None
+            except Overloaded as e:
+                if not num_moves or time.monotonic() + e.retry_after_s > deadline:
+                    raise
+                await asyncio.sleep(e.retry_after_s * random.uniform(0.5, 1.0))
+                lost.clear()  # as in `generate`
             except ReplicaDraining as e:
                 log.info("%s moves: %s", key, e)
+                num_moves += 1
+                if num_moves > 1:
+                    await asyncio.sleep(backoff_s(num_moves - 1, random.random(), self._config.router))
             except ReplicaError as e:
                 num_failures += 1
                 log.warning("%s failed: %s", key, e)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # torch, which the conductor need not import
     from ernie_cluster.engine.snapshot import WorkerSnapshot
 
 
-def load_of(now: WorkerSnapshot, duty: Duty, token_bytes: int) -> Load:
-    """`token_bytes` as in `Load`."""
+def load_of(now: WorkerSnapshot, duty: Duty, token_bytes: int, num_opening: int = 0) -> Load:
+    """`token_bytes` as in `Load`; `num_opening` prompts are not in the engine yet."""
     return Load(
         num_running=now.num_running,
         num_waiting=now.num_waiting,
@@ -29,7 +29,7 @@ def load_of(now: WorkerSnapshot, duty: Duty, token_bytes: int) -> Load:
         is_draining=duty.is_draining,
         is_leaving=duty.is_leaving,
         within_s=duty.within_s,
-        num_prompts=now.num_prompts,
+        num_prompts=now.num_prompts + num_opening,
         num_answers=now.num_answers,
         is_lending=now.is_lending,
         work=Work(

@@ -174,7 +174,8 @@ class EngineRank:
 
     def _now(self) -> Load:
         self._worker.look_after()
-        return load_of(self._worker.snapshot(), self._duty, self._worker.layout.bytes_per_token)
+        token_bytes = self._worker.layout.bytes_per_token
+        return load_of(self._worker.snapshot(), self._duty, token_bytes, len(self._opening))
 
     async def faults(self, order: FaultOrder) -> list[FaultState]:
         """See `Faults.obey`."""
@@ -225,6 +226,7 @@ class EngineRank:
         """This process is to end soon: its streams go elsewhere at once, whatever they have left."""
         self._parting.leave(HEARD_S)
         async with asyncio.timeout(self._args.config.router.notice_s):
+            await asyncio.sleep(HEARD_S)
             while not self._now().is_idle:  # noqa: ASYNC110  transports say so
                 await asyncio.sleep(_IDLE_PAUSE_S)
             await self._events().flushed(_FLUSH_S)

@@ -160,6 +160,7 @@ class PoolReplica:
     async def _drain(self, finish_s: float) -> None:
         """The ranks tell the router themselves, which still lets others fetch from their caches."""
         await self._gang.leave(finish_s)
+        await asyncio.sleep(HEARD_S)
         while not all(load.is_idle for load in await self._gang.snapshots()):  # noqa: ASYNC110  others say so
             await asyncio.sleep(_DRAIN_PAUSE_S)
 

@@ -7,7 +7,6 @@ is told (a role, to take no more) counts in the books at once, and is told again
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import defaultdict
@@ -227,8 +226,12 @@ class Roster:
                 self._loads[key], self._peers[key] = told.load, peer
                 self._books.report(self._snapshot(info, told.load, max(0.0, now - asked - told.held_s)), now)
                 self._books.cached(key, told.cached)
-                with contextlib.suppress(OrderRefused, TimeoutError):  # whoever ordered it hears of it
+                try:
                     await self._remind(key)
+                except OrderRefused:  # whoever ordered it hears of it
+                    self._book(info.gang)
+                except TimeoutError:
+                    pass  # told again with what it tells next
                 await asyncio.sleep(pause_s(len(self._infos), self._limits))
         except asyncio.CancelledError:
             raise

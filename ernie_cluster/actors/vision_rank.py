@@ -232,6 +232,7 @@ class VisionRank:
         """This process is to end soon: no more than the picture that is being encoded."""
         self._parting.leave(HEARD_S)
         async with asyncio.timeout(self._args.config.router.notice_s):
+            await asyncio.sleep(HEARD_S)
             while self._running:  # noqa: ASYNC110  the encoder says so
                 await asyncio.sleep(_IDLE_PAUSE_S)
 

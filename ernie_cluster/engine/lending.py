@@ -70,6 +70,8 @@ class Lender:
     @property
     def is_wanted(self) -> bool:
         """Whether anything is lent, or may be asked for soon; with the engine's lock held."""
+        if self._engine.is_parting and self._engine.sequences:  # they are told after the running step
+            self.parted()
         return bool(self._loans) or self._engine.clock() < self._asked_until_s
 
     @property

@@ -80,6 +80,8 @@ class Sources:
         if not source:
             return None
         fetch_s = _FETCH_S + best_s
+        if fetch_s > _MAX_TIMEOUT_S:
+            return None
         timeout_s = min(_TIMEOUT_S + _TIMEOUT_WEIGHT * fetch_s, _MAX_TIMEOUT_S)
         return Offer(Fetch(source, self._depth, timeout_s), _DOUBT * fetch_s)
 

@@ -16,6 +16,7 @@ from ernie_cluster.actors.attempts import Attempts
 from ernie_cluster.actors.cluster_backend import ClusterBackend
 from ernie_cluster.config.presets import PRESETS
 from ernie_cluster.errors import (
+    ContextTooLong,
     DeadlineExceeded,
     ErnieClusterError,
     Overloaded,
@@ -116,6 +117,41 @@ def test_what_a_replay_finds_in_a_cache_is_not_told(before: int, cached: int) ->
     backend, _ = played([(before, LOST), (3, LOST), (1, None)])
     events, _ = generate(backend)
     assert {e.num_cached_tokens for e in events} == {cached}
+
+
+def test_who_has_begun_to_answer_blames_no_client() -> None:
+    """Prompt and answer may be too much for those who are left to read them, though the prompt was not."""
+    too_long = ContextTooLong("the prompt has 9 tokens; tiny holds 8")
+    events, error = generate(played([(3, LOST), (0, too_long)])[0])
+    assert len(events) == 3
+    assert isinstance(error, ReplicaLost)
+    assert "9 tokens" in str(error)
+    assert generate(played([(0, LOST), (0, too_long)])[0]) == ([], too_long)
+
+
+def test_a_picture_waits_for_who_comes_instead_of_who_left() -> None:
+    full = Overloaded("no vision replica", retry_after_s=0.01)
+    told: list[set[str]] = []
+
+    class Embedding:
+        def __init__(self, *ends: ErnieClusterError) -> None:
+            self._ends = list(ends)
+
+        async def embed(self, key: str, model: str, media: object, lost: set[str]) -> str:
+            told.append(set(lost))
+            if not self._ends:
+                return "vector"
+            lost.add("v0")
+            raise self._ends.pop(0)
+
+    async def run(*ends: ErnieClusterError) -> object:
+        backend = PlayedBackend(Embedding(*ends))  # type: ignore[arg-type]
+        return await backend.embed("tiny", None, 30.0)  # type: ignore[arg-type]
+
+    assert asyncio.run(run(MOVED, MOVED, full)) == "vector"
+    assert told == [set(), {"v0"}, {"v0"}, set()]
+    with pytest.raises(Overloaded):
+        asyncio.run(run(full))
 
 
 def test_retries_are_counted_by_their_reason() -> None:

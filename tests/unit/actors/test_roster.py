@@ -286,6 +286,23 @@ def test_one_that_leaves_does_not_stay_and_is_not_asked_again() -> None:
     run(play())
 
 
+def test_one_that_took_work_again_and_then_leaves_is_believed_at_once() -> None:
+    async def play() -> None:
+        async with scene() as s:
+            rank, _ = await s.there()
+            for is_draining in (True, False):
+                await s.roster.tell(GANG, is_draining=is_draining)
+            rank.refuses = True
+            booked = s.booked
+            seen: list[object] = []
+            s.roster._book, book = lambda gang: (book(gang), seen.append(booked())), s.roster._book  # type: ignore[method-assign]
+            rank.show(is_draining=True, within_s=0.25)
+            await until(lambda: bool(seen))
+            assert seen == [("prefill", True)]
+
+    run(play())
+
+
 def test_of_two_versions_the_wanted_one_takes_over_when_it_is_whole() -> None:
     wanted = CONFIG.model("m").version
 

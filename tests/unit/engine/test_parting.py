@@ -90,6 +90,20 @@ def test_what_leaves_lends_the_prompt_and_what_it_has_written() -> None:
     assert [second.answers["b"][i] for i in range(len(done), 12)] == answer(request)[len(done) :]
 
 
+def test_who_parts_in_a_long_step_is_asked_after_it() -> None:
+    pair, request = Pair(), make_request(PROMPT, "a", max_tokens=6)
+    pair.open(request)
+    decoding(pair)
+    pair.decode.part()
+    pair.pass_time(5.0)
+    assert pair.decode.snapshot().is_lending
+    pair.run()
+    pair.pass_time(0.9)
+    assert pair.decode.snapshot().is_lending, "it has just been told"
+    pair.pass_time(0.2)
+    assert not pair.decode.snapshot().is_lending
+
+
 def test_who_has_parted_is_asked_for_a_while() -> None:
     pair, request = Pair(), make_request(PROMPT, "a", max_tokens=6)
     pair.decode.part()
