@@ -230,3 +230,5 @@ class EngineRank:
             while not self._now().is_idle:  # noqa: ASYNC110  transports say so
                 await asyncio.sleep(_IDLE_PAUSE_S)
             await self._events().flushed(_FLUSH_S)
+            while self._args.shard.dims.dp > 1 and self._worker.is_working:  # noqa: ASYNC110  the other groups need its steps
+                await asyncio.sleep(_IDLE_PAUSE_S)

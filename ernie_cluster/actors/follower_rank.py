@@ -14,6 +14,7 @@ import ray
 from ernie_cluster.actors import process
 from ernie_cluster.actors.channels import Channels, Receivers, open_gpu, open_nixl, receive
 from ernie_cluster.actors.messages import Meeting, RankArgs
+from ernie_cluster.actors.notice import Notice
 from ernie_cluster.errors import EngineFailed, GangBroken
 from ernie_cluster.transport.base import Channel, Message
 from ernie_cluster.transport.choose import Endpoint
@@ -50,12 +51,16 @@ class FollowerRank:
             self._receivers = Receivers(follower, args.actor_name, transport, gpu, nixl)
             self._channels = self._receivers.channels()
 
+        loop, self._released = asyncio.get_running_loop(), asyncio.Event()
+
         def follow() -> None:
             try:
                 runner.follow(place.tp, *(() if follower is None else (follower.noted,)))
             except Exception as e:
                 self._failure = e if isinstance(e, GangBroken) else EngineFailed(f"{type(e).__name__}: {e}")
+            loop.call_soon_threadsafe(self._released.set)
 
+        self._notice = Notice(self._given_notice)
         process.started()
         threading.Thread(target=follow, name="follower", daemon=True).start()
 
@@ -73,6 +78,11 @@ class FollowerRank:
         for ways in (self._channels, self._receivers):
             if ways is not None:
                 await asyncio.to_thread(ways.close)
+
+    async def _given_notice(self) -> None:
+        """Its leader needs this rank for what it still has to do; after that it is dismissed, or its leader gone."""
+        async with asyncio.timeout(self._args.config.router.notice_s):
+            await self._released.wait()
 
     async def snapshot(self) -> None:
         """Raises EngineFailed when this rank has stopped, so that its gang is replaced."""

@@ -154,6 +154,11 @@ class Worker:
         """End the thread after the running step; waiting requests are left to whoever stops us."""
         self._thread.stop(is_hung=self._is_hung)
 
+    @property
+    def is_working(self) -> bool:
+        """Whether steps are run: it has not been stopped, nor has it failed."""
+        return not self._thread.is_stopping and self.failure is None
+
     def look_after(self) -> None:
         """To be called now and then, from any thread: nobody else notices a step that does not end, as where a collective
         waits for a rank that is stuck.

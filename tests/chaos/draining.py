@@ -1,4 +1,4 @@
-"""A blow to a replica that is just being drained."""
+"""A blow to a replica that is being drained, and has something to do."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import cast
 
 from ernie_cluster.api.operator import Order
 from ernie_cluster.chaos.blows import AtPoint, Hit, Scene
-from ernie_cluster.chaos.stages import Wound, victims
+from ernie_cluster.chaos.stages import Stage, Wound, victims
 from ernie_cluster.cli.operate import Cluster
 from ernie_cluster.errors import ErnieClusterError
 
 
 @dataclass(frozen=True)
 class WhileDraining:
-    """Strikes what the replica still has to do; who lives on takes work again."""
+    """Strikes what the replica still has to do, whose steps are made to last for that; who lives on takes work again."""
 
     wound: Wound
 
@@ -27,13 +27,20 @@ class WhileDraining:
     async def strike(self, scene: Scene) -> Hit | None:
         hit: Hit | None = None
         for chosen in victims(self.wound, scene.view, scene.model, scene.chance):
-            struck = asyncio.create_task(AtPoint(self.wound).on(chosen, scene))
+            slow = await AtPoint(self._slow).on(chosen, scene)
+            if slow is None or not slow.did_strike:
+                continue
             await self._order(scene, chosen, "drain")
-            hit = await struck
+            hit = await AtPoint(self.wound).on(chosen, scene)
             await self._order(scene, chosen, "undrain")
             if hit is None or hit.did_strike:
                 break
         return hit
+
+    @property
+    def _slow(self) -> Wound:
+        role = self.wound.stage.role
+        return Wound(Stage(role, "a step", f"{role}.step"), "delay")
 
     async def _order(self, scene: Scene, replica: str, action: str) -> None:
         order = Order(replica, action)  # type: ignore[arg-type]

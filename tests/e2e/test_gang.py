@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import httpx
 import pytest
@@ -78,3 +80,35 @@ def test_a_gang_that_loses_a_rank_is_replaced_whole(whole_app: Application, role
     )
     eventually(app.objection_to_ready, 180)
     assert app.text("gang", "A long time ago", max_tokens=120) == wanted
+
+
+@pytest.mark.parametrize(("role", "num_words"), [("prefill", 400), ("decode", 4)])
+def test_a_gang_that_is_told_to_end_fails_nobody(whole_app: Application, role: str, num_words: int) -> None:
+    """All its ranks at once, as on a machine that is taken away; none ends while another needs it."""
+    app, text = whole_app, "ab " * num_words
+    body, wanted = chat_body("gang", text, max_tokens=120), app.text("tiny", text, max_tokens=120)
+    before, failures = app.replicas("gang", role), retries(app)
+    first = min(i.actor_name for i in before)
+    ranks = [ray.get_actor(name, NAMESPACE) for name in (first, f"{first}:1")]
+    pids = ray.get([rank.__ray_call__.remote(lambda _: os.getpid()) for rank in ranks])
+
+    async def play() -> Streamed:
+        async with httpx.AsyncClient(timeout=180) as client:
+            answer = asyncio.create_task(app.read(client, body))
+            while not any((load := app.load(i)).num_prompts + load.num_answers for i in before):  # noqa: ASYNC110  Ray says so
+                await asyncio.sleep(0)
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+            return await answer
+
+    answer = run(play())
+    assert (answer.error, answer.text, answer.finish_reason) == (None, wanted, "length")
+    assert retries(app) == failures, "it has failed, and not moved"
+    gone = {i.incarnation for i in before}
+    eventually(lambda: "it is there" if gone & {i.incarnation for i in app.replicas("gang", role)} else "", 60)
+    eventually(app.objection_to_ready, 180)
+
+
+def retries(app: Application) -> float:
+    lines = app.get("/metrics").text.splitlines()
+    return sum(float(x.split()[1]) for x in lines if x.startswith("ernie_request_retries_total{") and "gang" in x)
