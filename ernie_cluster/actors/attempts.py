@@ -199,7 +199,9 @@ class Attempts:
         if route.decode is not None:  # first, for prefill waits for its lease
             calls.insert(0, (route.decode, limits.heartbeat_timeout_s, ("open_decode", me, plain, epoch)))
         if fetch is not None and route.source is not None:
-            lend = self._link(route.source).call("lend", plain, epoch, fetch.num_blocks, route.prefill.endpoint)
+            lend = self._link(route.source).call(
+                "lend", plain, epoch, fetch.num_blocks, route.prefill.endpoint, fetch.timeout_s
+            )
             self._in_background(lend)
         return [
             background.start(self._watch(self._links[info.replica_id], timeout_s, call, queue))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -138,9 +139,11 @@ class EngineRank:
             self._events().close(request.request_id)
             raise
 
-    async def lend(self, request: GenerationRequest, epoch: int, num_blocks: int, destination: Endpoint) -> None:
+    async def lend(
+        self, request: GenerationRequest, epoch: int, num_blocks: int, destination: Endpoint, within_s: float = math.inf
+    ) -> None:
         """See `Worker.lend`; raises ReplicaError when the destination cannot be reached."""
-        self._worker.lend(request, epoch, num_blocks, *await self._reach(destination))
+        self._worker.lend(request, epoch, num_blocks, *await self._reach(destination), within_s)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests without an outcome; unknown ones are over already."""

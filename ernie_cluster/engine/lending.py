@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 _ASKED_S = 1.0
 """In which those that had to leave come to ask for what they left: they have to find another replica first."""
+_AT_ONCE = 4
+"""Loans that are sent side by side: of all that a replica is asked for when it leaves, the first are then whole soon."""
+_TELLING_BYTES = 1 << 20
+"""Of fewer the time says little of the way."""
 _TIMEOUT_S = 3.0
 """An offer that nobody has answered for this long came to a replica that never took the prompt, or gave up waiting."""
 
@@ -42,6 +46,13 @@ class _Loan:
     """Pinned here; logical block index -> block id."""
     outgoing: Outgoing
     hold: Hold
+    until_s: float
+    """Nobody waits for it any longer."""
+    num_bytes: int = 0
+    """To be sent from this rank."""
+    first_block: int = 0
+    """Of those that are to be sent."""
+    began_s: float = 0.0
 
 
 class Lender:
@@ -61,6 +72,11 @@ class Lender:
         self._engine, self._layout, self._followers = engine, layout, followers
         self._slices = SliceSender(kv, layout, piece_bytes)
         self._loans: list[_Loan] = []
+        self._accepted: list[_Loan] = []
+        """Those of them that wait to be sent."""
+        self._sending: list[_Loan] = []
+        self._bytes_per_s = math.inf
+        """As the last one went, of those that are sent in one go; not known before it."""
         self._asked_until_s = -math.inf
 
     def parted(self) -> None:
@@ -83,20 +99,30 @@ class Lender:
         """All pinned blocks, as often as they are; with the engine's lock held."""
         return [block for loan in self._loans for block in loan.blocks]
 
-    def lend(self, request_id: str, epoch: int, hashes: Seq[bytes], part: SliceOf, destination: Destination) -> None:
-        """Send the leading blocks that are cached here; returns at once.
+    def lend(
+        self,
+        request_id: str,
+        epoch: int,
+        hashes: Seq[bytes],
+        part: SliceOf,
+        destination: Destination,
+        within_s: float = math.inf,
+    ) -> None:
+        """Send the leading blocks that are cached here, or decline where that would take too long; returns at once.
 
         Args:
             request_id, epoch: the attempt that wants them.
             hashes: of the blocks that are wanted.
             part: the heads of this rank.
             destination: the replica that computes the prompt.
+            within_s: so long they are waited for.
         """
         ways = [(copy, destination.to(copy.dst_rank)) for copy in part.copies_to(destination.num_ranks)]
         with self._engine.lock:
             blocks = self._pinned(hashes)
             outgoing, hold = Outgoing(request_id, epoch, part, ways), self._engine.pool.hold(blocks)
-            loan = _Loan(request_id, epoch, destination, blocks, outgoing, hold)
+            until_s = self._engine.clock() + within_s
+            loan = _Loan(request_id, epoch, destination, blocks, outgoing, hold, until_s)
             self._loans.append(loan)
         if not blocks:
             self._decline(loan, TransferFailed("nothing of the prefix is cached here any more"))
@@ -113,9 +139,14 @@ class Lender:
                 return
             try:
                 reached.result()
-                self._send(loan, int(answer.result()["first_block"]))  # type: ignore[arg-type]
+                loan.first_block = int(answer.result()["first_block"])  # type: ignore[arg-type]
             except Exception as e:
                 self._decline(loan, e)
+                return
+            loan.num_bytes = self._slices.nbytes(loan.outgoing, len(loan.blocks) - loan.first_block)
+            with self._engine.lock:
+                self._accepted.append(loan)
+            self._go_on()
 
         answer.add_done_callback(lambda _: reached.add_done_callback(lambda _: answered()))
 
@@ -130,10 +161,34 @@ class Lender:
         self._engine.lock.notify_all()  # followers may have to hear of copies before they send
         return blocks
 
-    def _send(self, loan: _Loan, first_block: int) -> None:
-        """Push all from `first_block` on; close with `prefix` when it was accepted."""
-        blocks, outgoing = loan.blocks[first_block:], loan.outgoing
-        run = Run(outgoing, first_block, blocks, loan.hold)
+    def _go_on(self) -> None:
+        """Send whose turn it is, and tell those who would wait in vain."""
+        late, sent = list[_Loan](), list[_Loan]()
+        with self._engine.lock:
+            now_s = self._engine.clock()
+            bytes_before = sum(loan.num_bytes for loan in self._sending)
+            for loan in self._accepted[:]:
+                bytes_before += loan.num_bytes
+                if now_s + bytes_before / self._bytes_per_s > loan.until_s:
+                    bytes_before -= loan.num_bytes
+                    late.append(loan)
+                elif len(self._sending) < _AT_ONCE:
+                    loan.began_s = now_s
+                    self._sending.append(loan)
+                    sent.append(loan)
+            self._accepted = [loan for loan in self._accepted if loan not in late and loan not in sent]
+        for loan in sent:
+            try:
+                self._send(loan)
+            except Exception as e:
+                self._decline(loan, e)
+        for loan in late:
+            self._decline(loan, TransferFailed("others are sent first, and it would come too late"))
+
+    def _send(self, loan: _Loan) -> None:
+        """Push all that is to be sent; close with `prefix` when it was accepted."""
+        blocks, outgoing = loan.blocks[loan.first_block :], loan.outgoing
+        run = Run(outgoing, loan.first_block, blocks, loan.hold)
         others = self._followers.lend(run)
         push = self._slices.hook([run])
         for layer in range(self._layout.num_layers):
@@ -145,8 +200,7 @@ class Lender:
                 self._decline(loan, error)
                 return
             num_pieces = sum(int(str(reply["num_pieces"])) for reply in others.result())
-            nbytes = self._slices.nbytes(outgoing, len(blocks))
-            outgoing.settle(nbytes, lambda error: self._settled(loan, num_pieces, error))
+            outgoing.settle(loan.num_bytes, lambda error: self._settled(loan, num_pieces, error))
 
         others.add_done_callback(lambda _: others_settled())
 
@@ -177,3 +231,11 @@ class Lender:
             self._loans.remove(loan)
             self._engine.pool.free(loan.blocks)
             self._engine.lock.notify_all()
+            if loan in self._sending:
+                took_s = self._engine.clock() - loan.began_s
+                if error is None and took_s > 0 and loan.num_bytes >= _TELLING_BYTES:
+                    self._bytes_per_s = loan.num_bytes * len(self._sending) / took_s
+                self._sending.remove(loan)
+                if not self._sending and not self._accepted:
+                    self._bytes_per_s = math.inf
+        self._go_on()

@@ -24,6 +24,7 @@ following ranks, which have no pool, the leader's `drop` does. Copies to and fro
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -204,7 +205,13 @@ class Worker:
         self._openings.open(request, epoch, self._hashes(request), reserve, channel, peers, prefix_s)
 
     def lend(
-        self, request: GenerationRequest, epoch: int, num_blocks: int, channel: Channel, peers: Peers = NO_PEERS
+        self,
+        request: GenerationRequest,
+        epoch: int,
+        num_blocks: int,
+        channel: Channel,
+        peers: Peers = NO_PEERS,
+        within_s: float = math.inf,
     ) -> None:
         """Send what is cached here of a prompt's first blocks to the replica that computes it, if it waits for them.
 
@@ -213,11 +220,12 @@ class Worker:
         Args:
             num_blocks: how many at most.
             channel, peers: to that replica, as of `open_prefill`.
+            within_s: so long it waits.
         """
         self._check_alive()
         num_tokens = request.num_prompt_tokens + len(request.output_token_ids)  # the last is always computed
         hashes = self._hashes(request)[: min(num_blocks, (num_tokens - 1) // self.settings.block_size)]
-        self.lender.lend(request.request_id, epoch, hashes, self.sender.part, Destination(channel, peers))
+        self.lender.lend(request.request_id, epoch, hashes, self.sender.part, Destination(channel, peers), within_s)
 
     def open_decode(self, request: GenerationRequest, epoch: int) -> None:
         """Lease blocks for a request whose prompt is computed elsewhere; raises as `open_prefill` does."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ernie_cluster.engine import lending
 from ernie_cluster.engine.scheduler import Scheduler
 from ernie_cluster.engine.worker import Worker
 from ernie_cluster.errors import ReplicaLost, TransferFailed
@@ -362,6 +363,45 @@ def test_a_lender_keeps_no_blocks_from_those_who_wait_for_some(monkeypatch: pyte
     assert f.decode.pool.num_used == 0
     f.finish()
     assert f.prefill.snapshot().prompt_tokens == len(PROMPT)
+
+
+def test_of_many_loans_a_few_are_sent_at_once_and_those_declined_that_would_be_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lending, "_TELLING_BYTES", 1)
+    f = Fetching()
+    asked = [make_request([100 + i, *range(8)], f"r{i}", max_tokens=1) for i in range(6)]
+    for request in asked:
+        f.decode.open_prefill(dataclasses.replace(request, request_id=f"before-{request.request_id}"), 0, None)
+    f.run()
+    for request in asked:
+        f.prefill.open_prefill(request, 0, None, prefix_s=100.0)
+        f.decode.lend(request, 0, 9, f.way, within_s=2.5 if request is asked[-1] else 100.0)
+
+    def sent() -> set[str]:
+        return {job.header.request_id for job in f.way.jobs if job.header is not None}
+
+    def arrive(request_id: str = "") -> None:
+        """What is no piece, and the pieces of one loan."""
+        while found := [job for job in f.way.jobs if job.header is None or job.header.request_id == request_id]:
+            f.way.jobs.remove(found[0])
+            f.way.jobs.appendleft(found[0])
+            f.way.deliver()
+
+    arrive()
+    assert sent() == {"r0", "r1", "r2", "r3"}
+    f.now = 1.0  # four of them: a quarter of a second for each
+    arrive("r0")
+    assert sent() == {"r1", "r2", "r3", "r4"}
+    f.now = 2.0  # half a second, so the three that are sent and the last one take two
+    arrive("r1")
+    assert sent() == {"r2", "r3", "r4"}
+    f.way.deliver_all()
+    f.run()
+    assert all(f.answers[r.request_id] == f.answers[f"before-{r.request_id}"] for r in asked)
+    assert f.prefill.snapshot().prompt_tokens == 5 * 1 + 9, "the last one was computed"
+    assert f.decode.check()
+    assert not f.decode.snapshot().is_lending
 
 
 # ---- gangs
